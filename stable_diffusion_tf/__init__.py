@@ -1,0 +1,1 @@
+"""Stable Diffusion as Keras 3 models."""
