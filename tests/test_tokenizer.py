@@ -1,0 +1,75 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stable_diffusion_tf.tokenizer import Tokenizer
+
+GOLDENS = json.loads((Path(__file__).parent / "data" / "tokenizer.json").read_text("utf-8"))
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer()
+
+
+def test_ids_are_those_of_openai_clip(tokenizer):
+    assert len(GOLDENS) == 341
+    wrong = [text for text, ids in GOLDENS if tokenizer.encode(text) != ids]
+    assert not wrong
+
+
+def test_rows_have_start_ids_end_and_padding(tokenizer):
+    rows = tokenizer.tokenize(["hello world", ""])
+    assert rows.shape == (2, 77)
+    assert rows.dtype == np.int32
+    assert rows[0].tolist() == [49406, 3306, 1002, 49407] + [49407] * 73
+    assert rows[1].tolist() == [49406] + [49407] * 76
+
+
+def test_pad_token_starts_after_the_end_token(tokenizer):
+    row = tokenizer.tokenize(["hello world"], max_length=6, pad_token=0)[0]
+    assert row.tolist() == [49406, 3306, 1002, 49407, 0, 0]
+
+
+def test_longest_prompt_fits_exactly(tokenizer):
+    row = tokenizer.tokenize(["cat " * 75])[0]
+    assert row[0] == 49406
+    assert (row[1:76] == tokenizer.encode("cat")[0]).all()
+    assert row[76] == 49407
+
+
+def test_too_long_a_prompt_is_refused_with_the_part_that_would_be_lost(tokenizer):
+    with pytest.raises(ValueError, match=r"78 tokens and only 75 fit.*by 3.*'wearing red boots'"):
+        tokenizer.tokenize(["cat " * 75 + "wearing red boots"])
+
+
+@pytest.mark.parametrize("prompt", [None, 7, b"a cat", ["a cat"]])
+def test_a_prompt_that_is_not_text_is_refused(tokenizer, prompt):
+    with pytest.raises(TypeError, match=f"must be a str, not {type(prompt).__name__}"):
+        tokenizer.encode(prompt)
+
+
+def test_a_bare_string_is_not_taken_for_a_list_of_prompts(tokenizer):
+    with pytest.raises(TypeError, match="list of strings"):
+        tokenizer.tokenize("a cat")
+
+
+@pytest.mark.parametrize("text", ["", "a photo of a café, 東京 🚀!", "it's 42"])
+def test_decoding_and_encoding_again_gives_the_same_ids(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_the_vocabulary_is_read_at_first_use_only():
+    code = (
+        "from stable_diffusion_tf.tokenizer import bpe\n"
+        "bpe.Tokenizer()\n"
+        "assert bpe._vocabulary.cache_info().misses == 0\n"
+        "bpe.Tokenizer().encode('a'), bpe.Tokenizer().encode('b')\n"
+        "assert bpe._vocabulary.cache_info().misses == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
