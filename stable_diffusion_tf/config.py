@@ -65,7 +65,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     train_steps: int = 1000
     prediction: Literal["epsilon", "v"] = "epsilon"
-    spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    spacing: Literal["leading", "trailing", "linspace"] | None = None  # None: the sampler's own
     offset: int = 1  # added to "leading" timesteps
     final_alpha_one: bool = False  # after the last step: alpha 1, or that of timestep 0
     zero_terminal_snr: bool = False  # rescale betas so that the last alpha is 0 (arXiv:2305.08891)
