@@ -1,0 +1,173 @@
+import inspect
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from stable_diffusion_tf.config import ScheduleConfig
+from stable_diffusion_tf.diffusion.schedule import steps
+from stable_diffusion_tf.samplers import SAMPLERS, Noise, get_sampler
+
+SD = ScheduleConfig()
+STOCHASTIC = ("ddpm", "ddpm_small", "euler_ancestral")
+NUMBERS = Noise(seeds=range(4), shape=(8, 8, 4))
+
+
+def gaussian(mean, std):
+    """The exact denoiser of data drawn from N(mean, std**2): the posterior's mean of x0."""
+
+    def denoise(x, step):
+        gain = step.alpha * std**2 / (step.alpha**2 * std**2 + step.sigma**2)
+        return mean + gain * (x - step.alpha * mean)
+
+    return denoise
+
+
+def run(name, denoise, x, num_steps, noise=NUMBERS, config=SD, **options):
+    """The last x of a trajectory."""
+    row = get_sampler(name)
+    levels = steps(config, num_steps, **row.grid)
+    *_, (last, _) = row.sample(denoise, x, levels, noise, **options)
+    return last
+
+
+def flow_end(x, first, last, mean, std):
+    """Where the exact probability flow takes x: it keeps the distance from the mean, in stds."""
+    deviations = [np.hypot(step.alpha * std, step.sigma) for step in (first, last)]
+    return last.alpha * mean + (x - first.alpha * mean) * deviations[1] / deviations[0]
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_deterministic_samplers_converge_to_the_probability_flow_at_first_order(name):
+    mean, std = 0.7, 0.3
+    x = NUMBERS.start().astype(np.float64)
+    errors = []
+    for num_steps in (50, 100, 200, 400):
+        levels = steps(SD, num_steps, spacing="trailing", ends_clean=True)
+        *_, (end, _) = SAMPLERS[name].sample(gaussian(mean, std), x, levels, NUMBERS)
+        exact = flow_end(x, levels[0], levels[-1], mean, std)
+        errors.append(np.linalg.norm(end - exact) / np.linalg.norm(exact))
+    assert errors[-1] < 0.01
+    assert all(fine < 0.6 * coarse for coarse, fine in pairwise(errors))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_ancestral_samplers_draw_from_the_data(name):
+    x = run(name, gaussian(0.7, 0.3), NUMBERS.start().astype(np.float64), 200)
+    assert x.mean() == pytest.approx(0.7, abs=0.03)
+    assert x.std() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_known_data_are_found_in_one_step(name):
+    def denoise(x, step):
+        return 0 * x + 0.25
+
+    x = run(name, denoise, NUMBERS.start(), 1, config=ScheduleConfig(final_alpha_one=True))
+    np.testing.assert_allclose(x, 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_start_without_signal_is_finite(name):
+    config = ScheduleConfig(prediction="v", spacing="trailing", zero_terminal_snr=True)
+    for options in ({}, {"eta": 1.0}) if name == "ddim" else ({},):
+        x = run(name, gaussian(0.7, 0.3), NUMBERS.start(), 10, config=config, **options)
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_are_lazy_and_pure(name):
+    calls = []
+
+    def denoise(x, step):
+        calls.append(step)
+        return 0.5 * x
+
+    row = SAMPLERS[name]
+    levels = steps(SD, 6, **row.grid)
+    start = NUMBERS.start()
+    before = start.copy()
+    trajectory = row.sample(denoise, start, levels, NUMBERS)
+    assert inspect.isgenerator(trajectory)
+    assert calls == []
+    next(trajectory)
+    assert calls == levels[:1]
+    list(trajectory)
+    assert calls == levels[:-1]
+    assert (start == before).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_float32_stays_float32_and_agrees_with_float64(name):
+    start = NUMBERS.start()
+    single = run(name, gaussian(0.7, 0.3), start, 10)
+    double = run(name, gaussian(0.7, 0.3), start.astype(np.float64), 10)
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, double, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_backends_arrays_agree_with_numpy(name, backend):
+    if backend == "tensorflow":
+        array = pytest.importorskip("tensorflow").constant
+    else:
+        array = pytest.importorskip("jax.numpy").asarray
+    start = NUMBERS.start()
+    x = run(name, gaussian(0.7, 0.3), array(start), 5)
+    assert type(x) is type(array(start))
+    np.testing.assert_allclose(x, run(name, gaussian(0.7, 0.3), start, 5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_temperature_scales_the_noise(name):
+    def half(i):
+        return 0.5 * NUMBERS(i)
+
+    start, denoise = NUMBERS.start(), gaussian(0.7, 0.3)
+    tempered = run(name, denoise, start, 10, temperature=0.5)
+    np.testing.assert_allclose(tempered, run(name, denoise, start, 10, half), atol=1e-6)
+
+
+def test_ddim_without_eta_and_euler_draw_no_noise():
+    def never(i):
+        raise AssertionError("noise was drawn")
+
+    for name in ("ddim", "euler"):
+        run(name, gaussian(0.7, 0.3), NUMBERS.start(), 5, never)
+
+
+def test_ddim_at_eta_1_is_ddpm_with_the_small_variance():
+    levels = steps(SD, 10)
+    start, denoise = NUMBERS.start().astype(np.float64), gaussian(0.7, 0.3)
+    ancestral = list(SAMPLERS["ddim"].sample(denoise, start, levels, NUMBERS, eta=1.0))
+    ddpm = list(SAMPLERS["ddpm_small"].sample(denoise, start, levels, NUMBERS))
+    np.testing.assert_allclose(ancestral[-1][0], ddpm[-1][0], atol=1e-12)
+
+
+def test_options_are_those_that_the_sampler_takes():
+    assert get_sampler("ddim").options(0.5, 0.9) == {"eta": 0.5, "temperature": 0.9}
+    assert get_sampler("ddpm").options(0, 0.9) == {"temperature": 0.9}
+    assert get_sampler("euler").options(0, 0.9) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ddim", {"eta": 1.5}, "eta must be from 0.*not 1.5"),
+        ("ddim", {"eta": float("nan")}, "eta must be from 0.*not nan"),
+        ("euler", {"eta": 0.5}, "has no eta .*: ddim$"),
+        ("ddpm", {"temperature": -1}, "temperature must be a number, 0 or more, not -1"),
+        ("ddim", {"temperature": float("nan")}, "temperature must be.*not nan"),
+    ],
+)
+def test_options_out_of_range(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_sampler(name).options(**options)
+
+
+@pytest.mark.parametrize("name", ["plms", "", None, ["ddim"]])
+def test_an_unknown_sampler_is_answered_with_the_known_ones(name):
+    known = "ddim, ddpm, ddpm_small, euler, euler_ancestral"
+    with pytest.raises(ValueError, match=f"unknown sampler .*; known: {known}$"):
+        get_sampler(name)
