@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from stable_diffusion_tf.config import ScheduleConfig
+from stable_diffusion_tf.diffusion.denoiser import denoiser
 from stable_diffusion_tf.diffusion.schedule import start_scale, steps
 from stable_diffusion_tf.samplers import SAMPLERS
 
@@ -37,16 +38,9 @@ def normal(name):
     return generator.standard_normal((2, 8, 12, 4), dtype=np.float32).astype(np.float64)
 
 
-def network(x, t):
+def network(x, timesteps, context):
+    t = np.asarray(timesteps, np.float64)[:, None, None, None]
     return 0.9 * np.sqrt((t + 1) / 1001) * x + 0.1 * np.sin(x + t / 50)
-
-
-def denoise_v(x, step):
-    return step.alpha * x - step.sigma * network(x, step.timestep)
-
-
-def denoise_epsilon(x, step):
-    return (x - step.sigma * network(x, step.timestep)) / step.alpha
 
 
 def relative_error(value, reference):
@@ -77,7 +71,7 @@ def test_steps_are_the_references(case):
 
 def test_trajectory_ends_where_the_references_does(case):
     key, row, config, levels, options = case
-    denoise = denoise_v if config.prediction == "v" else denoise_epsilon
+    denoise = denoiser(network, config.prediction, context=None)
     start = start_scale(config, levels[0], **row.grid) * normal(f"{key}/x_T")
     trajectory = list(
         row.sample(denoise, start, levels, lambda i: normal(f"{key}/noise{i}"), **options)

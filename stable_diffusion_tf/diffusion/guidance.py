@@ -1,0 +1,51 @@
+"""Classifier-free guidance."""
+
+from collections.abc import Callable
+from numbers import Real
+
+from keras import ops
+
+
+def guided(
+    network: Callable,
+    context,
+    negative_context=None,
+    guidance=1.0,
+    rescale: float = 0.0,
+) -> Callable:
+    """Returns `predict(latents, timesteps)`, the network's prediction drawn towards its context.
+
+    Ho and Salimans 2022, arXiv:2207.12598, in the form `negative + guidance * (positive -
+    negative)`: what the context adds, exaggerated. Both predictions come from one call on a
+    doubled batch, the negative half first.
+
+    Args:
+        network: `network(latents (B, h, w, c), timesteps (B,), context (B, 77, width))`, returning
+            its raw prediction, shaped as the latents.
+        context: (B, 77, width).
+        negative_context: what to be drawn away from, shaped as `context`; None: no guidance.
+        guidance: a number, of which 1 or less runs the network without guidance; or a scalar
+            tensor, whose value a compiled function cannot look at: it always guides.
+        rescale: in [0, 1], how far the guided prediction gets back the positive one's standard
+            deviation, image by image (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+    """
+    if negative_context is None or (isinstance(guidance, Real) and guidance <= 1):
+        return lambda latents, timesteps: network(latents, timesteps, context)
+    contexts = ops.concatenate([negative_context, context])
+
+    def predict(latents, timesteps):
+        both = network(
+            ops.concatenate([latents, latents]), ops.concatenate([timesteps, timesteps]), contexts
+        )
+        negative, positive = ops.split(both, 2)
+        mixed = negative + guidance * (positive - negative)
+        if rescale:
+            ratio = _deviation(positive) / _deviation(mixed)
+            mixed = mixed * (rescale * ratio + (1 - rescale))
+        return mixed
+
+    return predict
+
+
+def _deviation(images):
+    return ops.std(images, axis=(1, 2, 3), keepdims=True)
