@@ -90,9 +90,7 @@ configs = st.builds(
 
 
 @given(configs, st.sampled_from(["leading", "trailing", "linspace"]), st.booleans(), st.data())
-def test_every_spacing_is_exact_in_number_and_strictly_less_noisy(
-    config, spacing, fractional, data
-):
+def test_spacings_are_exact_in_number_and_strictly_decreasing(config, spacing, fractional, data):
     num_steps = data.draw(st.integers(1, 499 if spacing == "leading" else 1000))
     levels = np.array(steps(config, num_steps, spacing=spacing, fractional=fractional))
     assert levels.shape == (num_steps + 1, 3)
