@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .files import atomic_path
+from stable_diffusion_tf.files import atomic_path
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
