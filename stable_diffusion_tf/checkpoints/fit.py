@@ -3,11 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, TensorFile
+from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
 
@@ -73,6 +74,15 @@ class Match:
             )
             raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
         self.variable.assign(value)
+
+
+class Checkpoint(Protocol):
+    """An opened source, of whatever format."""
+
+    config: ModelConfig
+
+    def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
+        """What fills the variables of "text_encoder", "unet", "encoder" or "decoder"."""
 
 
 def match(variables: Sequence[Any], file: TensorFile, table: Table) -> list[Match]:

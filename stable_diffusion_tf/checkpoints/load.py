@@ -1,19 +1,14 @@
 """A source -> filled models. Total: every variable filled, every tensor used or ignored by name."""
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import keras
 
-from stable_diffusion_tf.checkpoints.catalog import PRESETS, preset_folder
-from stable_diffusion_tf.checkpoints.diffusers import DiffusersFolder
+from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
+from stable_diffusion_tf.checkpoints.fit import Checkpoint
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
-
-Source = str | os.PathLike
 
 MODELS = {
     "text_encoder": lambda config, dtype: TextEncoder(config.text_encoder, dtype=dtype),
@@ -39,40 +34,13 @@ def build_part(config: ModelConfig, part: str, dtype: str | None = None) -> kera
     return MODELS[part](config, dtype)
 
 
-def open_checkpoint(source: Source) -> DiffusersFolder:
-    """Find and check a checkpoint without reading its weights; `.config` says what it holds.
-
-    Args:
-        source: the name of a preset, or a folder in the diffusers layout (a folder that has a
-            preset's name is written `./name`).
-
-    Raises:
-        FileNotFoundError: the folder lacks files; all of them are named.
-        CheckpointError: there is no such source; or a file is damaged or unsupported.
-    """
-    if isinstance(source, str) and source in PRESETS:
-        return DiffusersFolder(preset_folder(source))
-    path = Path(source)
-    if str(source) and path.is_dir():  # Path("") would be the working directory
-        return DiffusersFolder(path)
-    known = f"Give a preset ({', '.join(PRESETS)}) or a folder in the diffusers layout."
-    if path.is_file():
-        raise CheckpointError(f"{path} is a single file, which this version does not load. {known}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(
-            f"There is no folder {source}. If it is a model on a hub: this version loads local "
-            f"models only; download all of its files first. {known}"
-        )
-    raise CheckpointError(f"Unknown weights {str(source)!r}: no preset and no folder. {known}")
-
-
-def load_part(source: Source | DiffusersFolder, part: str, dtype: str | None = None) -> keras.Model:
+def load_part(source: Source | Checkpoint, part: str, dtype: str | None = None) -> keras.Model:
     """Build one network and fill it: "text_encoder", "unet", "encoder" or "decoder".
 
     Tensors are read, assigned and freed one at a time. Arguments and errors as of `load`;
     `source` may also be what `open_checkpoint` gave.
     """
-    checkpoint = source if isinstance(source, DiffusersFolder) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
     model = build_part(checkpoint.config, part, dtype)
     for match in checkpoint.match(part, model.weights):
         match.fill()

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -7,8 +9,9 @@ import synth
 from tiny import FILES, TINY
 
 from stable_diffusion_tf.checkpoints import catalog
+from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.diffusers import DiffusersFolder
-from stable_diffusion_tf.checkpoints.load import MODELS, load, load_part, open_checkpoint
+from stable_diffusion_tf.checkpoints.load import MODELS, load, load_part
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 
 
@@ -200,6 +203,11 @@ def test_an_unknown_source_lists_what_is_known(tmp_path, monkeypatch, source, me
 def test_a_single_file_is_refused(tiny_folder):
     with pytest.raises(CheckpointError, match="single file"):
         load(tiny_folder / FILES["unet"])
+
+
+def test_opening_a_checkpoint_needs_no_backend():
+    code = "import sys, stable_diffusion_tf.checkpoints.catalog\nsys.exit('keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_presets_are_found_in_a_clone_and_in_a_wheel(tmp_path, tiny_folder, monkeypatch):

@@ -7,7 +7,8 @@ import synth
 from safetensors.numpy import load_file
 from tiny import FILES
 
-from stable_diffusion_tf.checkpoints.load import MODELS, load, open_checkpoint
+from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+from stable_diffusion_tf.checkpoints.load import MODELS, load
 from stable_diffusion_tf.checkpoints.save import save
 
 
