@@ -55,7 +55,7 @@ def export(part: str, model: keras.Model, dtype: str = "float32") -> dict[str, n
     tensors = {}
     for variable in model.weights:
         name, _, axes = TABLES[part].tensor(variable)
-        value = variable.numpy().transpose(np.argsort(axes))
+        value = np.asarray(variable).transpose(np.argsort(axes))
         with np.errstate(over="ignore"):
             tensors[name] = value.astype(DTYPES[dtype])
         if not np.isfinite(tensors[name]).all():

@@ -1,4 +1,4 @@
-"""The published sizes, rebuilt from their names and shapes: 5 GB on disk, 8 GB of memory."""
+"""The published sizes, rebuilt from their names and shapes: 5 GB on disk, 12 GB of memory."""
 
 import gc
 import json

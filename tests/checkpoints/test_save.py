@@ -40,7 +40,7 @@ def test_half_precision_rounds_once(tmp_path, models, dtype):
         for before, after in zip(
             getattr(models, part).weights, getattr(loaded, part).weights, strict=True
         ):
-            np.testing.assert_allclose(after.numpy(), before.numpy(), rtol=2**-8, atol=1e-7)
+            np.testing.assert_allclose(after, before, rtol=2**-8, atol=1e-7)
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, models):
