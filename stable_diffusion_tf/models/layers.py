@@ -1,0 +1,109 @@
+"""The parts the networks share, as functions on symbolic tensors.
+
+Each takes the full checkpoint name of the weights it makes, so that a variable's path *is* its
+published name: `down_blocks.0.resnets.1.conv1/kernel`. Activations are channels-last; attention
+works on (B, H, W, C) and (B, N, C) alike and flattens positions only inside the product.
+"""
+
+from contextlib import contextmanager
+
+import keras
+from keras import layers, ops
+
+EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
+
+
+@contextmanager
+def dtype_policy(dtype):
+    """Builds the layers inside under Keras's dtype policy `dtype` (None: the global one)."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype or before)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def conv(x, width, name, kernel=3):
+    return layers.Conv2D(width, kernel, padding="same", name=name)(x)
+
+
+def dense(x, width, name, bias=True):
+    return layers.Dense(width, use_bias=bias, name=name)(x)
+
+
+def group_norm(x, groups, name, epsilon=EPSILON):
+    return layers.GroupNormalization(groups, epsilon=epsilon, name=name)(x)
+
+
+def layer_norm(x, name):
+    return layers.LayerNormalization(epsilon=EPSILON, name=name)(x)
+
+
+def quick_gelu(x):
+    """CLIP's approximation of GELU."""
+    return x * ops.sigmoid(1.702 * x)
+
+
+def gelu(x):
+    """Exact (erf) GELU; tanh's approximation is off by 1e-4."""
+    return ops.gelu(x, approximate=False)
+
+
+class DotProductAttention(layers.Layer):
+    """softmax(q k^T / sqrt(d)) v over `heads` heads (Vaswani et al. 2017, arXiv:1706.03762).
+
+    q (B, ..., C), k and v (B, ..., C) -> like q. Softmax runs in float32; under float16 so do
+    the products, which overflow it in Stable Diffusion 2.1.
+    """
+
+    def __init__(self, heads, causal=False, **kwargs):
+        super().__init__(**kwargs)
+        self.heads = heads
+        self.causal = causal
+
+    def call(self, q, k, v):
+        def split(x):  # (B, ..., C) -> (B, N, heads, C / heads)
+            x = ops.cast(x, "float32") if self.compute_dtype == "float16" else x
+            return ops.reshape(x, (ops.shape(x)[0], -1, self.heads, x.shape[-1] // self.heads))
+
+        out = ops.dot_product_attention(split(q), split(k), split(v), is_causal=self.causal)
+        return ops.cast(ops.reshape(out, ops.shape(q)), self.compute_dtype)
+
+    def compute_output_shape(self, q_shape, k_shape, v_shape):
+        return q_shape
+
+    def get_config(self):
+        return {**super().get_config(), "heads": self.heads, "causal": self.causal}
+
+
+def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):
+    """Residual block; `temb` (B, D) is the UNet's activated time embedding."""
+    h = ops.silu(group_norm(x, groups, f"{name}.norm1", epsilon))
+    h = conv(h, width, f"{name}.conv1")
+    if temb is not None:
+        h = h + dense(temb, width, f"{name}.time_emb_proj")[:, None, None, :]
+    h = ops.silu(group_norm(h, groups, f"{name}.norm2", epsilon))
+    h = conv(h, width, f"{name}.conv2")
+    if x.shape[-1] != width:
+        x = conv(x, width, f"{name}.conv_shortcut", kernel=1)
+    return x + h
+
+
+def upsample(x, name, like=None):
+    """Twice the size by nearest neighbour, cut to that of `like`, then a convolution."""
+    width = x.shape[-1]
+    x = layers.UpSampling2D(2)(x)
+    if like is not None:
+        x = CropLike()(x, like)
+    return conv(x, width, f"{name}.conv")
+
+
+class CropLike(layers.Layer):
+    """Cuts x to the height and width of `like`, for sides that halving rounded up."""
+
+    def call(self, x, like):
+        return x[:, : ops.shape(like)[1], : ops.shape(like)[2]]
+
+    def compute_output_shape(self, x_shape, like_shape):
+        return (*like_shape[:3], x_shape[-1])

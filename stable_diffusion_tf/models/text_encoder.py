@@ -1,0 +1,68 @@
+"""CLIP's text transformer (Radford et al. 2021, arXiv:2103.00020)."""
+
+import keras
+from keras import layers, ops
+
+from stable_diffusion_tf.config import TextEncoderConfig
+from stable_diffusion_tf.models.layers import (
+    DotProductAttention,
+    dense,
+    dtype_policy,
+    gelu,
+    layer_norm,
+    quick_gelu,
+)
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+class PositionEmbedding(layers.Layer):
+    """Adds a learned vector to each position of (B, N, width), N up to `length`."""
+
+    def __init__(self, length, **kwargs):
+        super().__init__(**kwargs)
+        self.length = length
+
+    def build(self, input_shape):
+        shape = (self.length, input_shape[-1])
+        self.embeddings = self.add_weight(shape=shape, initializer="normal", name="embeddings")
+
+    def call(self, x):
+        return x + self.embeddings[: ops.shape(x)[1]]
+
+    def get_config(self):
+        return {**super().get_config(), "length": self.length}
+
+
+class TextEncoder(keras.Model):
+    """token_ids (B, N <= 77) int -> (B, N, width), the last layer's states after the final norm.
+
+    Args:
+        config: the sizes; `config.SD_1.text_encoder` and `config.SD_2.text_encoder` are CLIP
+            ViT-L/14 and all but the last layer of OpenCLIP ViT-H/14.
+        dtype: Keras dtype policy of the layers, such as "float32" or "mixed_bfloat16".
+    """
+
+    def __init__(self, config: TextEncoderConfig, dtype=None, name="text_encoder"):
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        with dtype_policy(dtype):
+            x = layers.Embedding(
+                config.vocab_size, config.width, name="embeddings.token_embedding"
+            )(token_ids)
+            x = PositionEmbedding(config.max_length, name="embeddings.position_embedding")(x)
+            for i in range(config.layers):
+                x = transformer_layer(x, config, f"encoder.layers.{i}")
+            x = layer_norm(x, "final_layer_norm")
+        super().__init__(token_ids, x, name=name)
+        self.config = config
+
+
+def transformer_layer(x, config, name):
+    h = layer_norm(x, f"{name}.layer_norm1")
+    q, k, v = (dense(h, config.width, f"{name}.self_attn.{part}_proj") for part in "qkv")
+    h = DotProductAttention(config.heads, causal=True)(q, k, v)
+    x = x + dense(h, config.width, f"{name}.self_attn.out_proj")
+
+    h = layer_norm(x, f"{name}.layer_norm2")
+    h = ACTIVATIONS[config.activation](dense(h, config.mlp_width, f"{name}.mlp.fc1"))
+    return x + dense(h, config.width, f"{name}.mlp.fc2")

@@ -1,0 +1,134 @@
+"""The cross-attention UNet of latent diffusion (Rombach et al. 2022, arXiv:2112.10752)."""
+
+import math
+
+import keras
+from keras import layers, ops
+
+from stable_diffusion_tf.config import UNetConfig
+from stable_diffusion_tf.models.layers import (
+    CropLike,
+    DotProductAttention,
+    conv,
+    dense,
+    dtype_policy,
+    gelu,
+    group_norm,
+    layer_norm,
+    resnet,
+    upsample,
+)
+
+
+class UNet(keras.Model):
+    """[latents (B, h, w, in), timesteps (B,), context (B, N, width)] -> (B, h, w, out).
+
+    Predicts the noise (or v) in `latents` at `timesteps`, integer or fractional, given the text
+    encoder's states. Any height and width: upsampling follows the size of the skip.
+
+    Args:
+        config: the sizes; see `stable_diffusion_tf.config` for the published ones.
+        dtype: Keras dtype policy of the layers. Timesteps are embedded in float32 whatever it is.
+    """
+
+    def __init__(self, config: UNetConfig, dtype=None, name="diffusion_model"):
+        latents = keras.Input((None, None, config.in_channels), name="latents")
+        timesteps = keras.Input((), dtype="float32", name="timesteps")
+        context = keras.Input((None, config.context_width), name="context")
+        levels = range(len(config.widths))
+        last = levels[-1]
+
+        def block(x, width, name, i, level, attend):
+            x = resnet(x, width, config.groups, f"{name}.resnets.{i}", temb)
+            if attend:
+                x = spatial_transformer(x, context, config, level, f"{name}.attentions.{i}")
+            return x
+
+        with dtype_policy(dtype):
+            temb = Sinusoids(config.widths[0], dtype="float32")(timesteps)
+            temb = dense(temb, 4 * config.widths[0], "time_embedding.linear_1")
+            temb = dense(ops.silu(temb), 4 * config.widths[0], "time_embedding.linear_2")
+            temb = ops.silu(temb)
+
+            x = conv(latents, config.widths[0], "conv_in")
+            skips = [x]
+            for level in levels:
+                width, name = config.widths[level], f"down_blocks.{level}"
+                for i in range(config.resnets):
+                    x = block(x, width, name, i, level, config.attention[level])
+                    skips.append(x)
+                if level != last:
+                    x = downsample(x, f"{name}.downsamplers.0")
+                    skips.append(x)
+
+            width = config.widths[last]
+            x = block(x, width, "mid_block", 0, last, attend=True)
+            x = resnet(x, width, config.groups, "mid_block.resnets.1", temb)
+
+            for level in reversed(levels):
+                width, name = config.widths[level], f"up_blocks.{last - level}"
+                for i in range(config.resnets + 1):
+                    x = ops.concatenate([x, skips.pop()], axis=-1)
+                    x = block(x, width, name, i, level, config.attention[level])
+                if level != 0:
+                    x = upsample(x, f"{name}.upsamplers.0", like=skips[-1])
+
+            x = ops.silu(group_norm(x, config.groups, "conv_norm_out"))
+            x = conv(x, config.out_channels, "conv_out")
+        super().__init__([latents, timesteps, context], x, name=name)
+        self.config = config
+
+
+class Sinusoids(layers.Layer):
+    """timesteps (B,) -> (B, width): cosines, then sines, of width / 2 frequencies in float32."""
+
+    def __init__(self, width, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.width = width
+
+    def call(self, timesteps):
+        half = self.width // 2
+        frequencies = ops.exp(-math.log(10000) * ops.arange(half, dtype="float32") / half)
+        angles = timesteps[:, None] * frequencies
+        return ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width}
+
+
+def downsample(x, name):
+    """Half the size, rounded up: pads one pixel on every side."""
+    x_padded = layers.ZeroPadding2D(1)(x)
+    return layers.Conv2D(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
+
+
+def spatial_transformer(x, context, config, level, name):
+    """Self-attention, cross-attention to `context` and a gated MLP at every position of x."""
+    width, heads = config.widths[level], config.heads[level]
+
+    def project(x, name):  # the same arithmetic; checkpoints store it as one or the other
+        return dense(x, width, name) if config.linear_projection else conv(x, width, name, kernel=1)
+
+    h = group_norm(x, config.groups, f"{name}.norm", epsilon=1e-6)
+    h = project(h, f"{name}.proj_in")
+    block = f"{name}.transformer_blocks.0"
+    normed = layer_norm(h, f"{block}.norm1")
+    h = h + attention(normed, normed, heads, f"{block}.attn1")
+    h = h + attention(layer_norm(h, f"{block}.norm2"), context, heads, f"{block}.attn2")
+    h = h + geglu(layer_norm(h, f"{block}.norm3"), f"{block}.ff.net")
+    return x + project(h, f"{name}.proj_out")
+
+
+def attention(x, context, heads, name):
+    width = x.shape[-1]
+    q = dense(x, width, f"{name}.to_q", bias=False)
+    k = dense(context, width, f"{name}.to_k", bias=False)
+    v = dense(context, width, f"{name}.to_v", bias=False)
+    return dense(DotProductAttention(heads)(q, k, v), width, f"{name}.to_out.0")
+
+
+def geglu(x, name):
+    """Feed-forward gated by GELU (Shazeer 2020, arXiv:2002.05202)."""
+    width = x.shape[-1]
+    h, gate = ops.split(dense(x, 8 * width, f"{name}.0.proj"), 2, axis=-1)
+    return dense(h * gelu(gate), width, f"{name}.2")
