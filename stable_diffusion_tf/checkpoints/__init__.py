@@ -1,0 +1,1 @@
+"""Weights on disk: readers of files, tables of formats, `load` and its inverse `save`."""

@@ -1,0 +1,74 @@
+"""A source -> filled models. Total: every variable filled, every tensor used or ignored by name."""
+
+from dataclasses import dataclass
+
+import keras
+
+from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
+from stable_diffusion_tf.checkpoints.fit import Checkpoint
+from stable_diffusion_tf.checkpoints.readers import CheckpointError
+from stable_diffusion_tf.config import ModelConfig
+from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
+
+MODELS = {
+    "text_encoder": lambda config, dtype: TextEncoder(config.text_encoder, dtype=dtype),
+    "unet": lambda config, dtype: UNet(config.unet, dtype=dtype),
+    "encoder": lambda config, dtype: Encoder(config.autoencoder, dtype=dtype),
+    "decoder": lambda config, dtype: Decoder(config.autoencoder, dtype=dtype),
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The four networks and their config."""
+
+    config: ModelConfig
+    text_encoder: keras.Model
+    unet: keras.Model
+    encoder: keras.Model
+    decoder: keras.Model
+
+
+def build_part(config: ModelConfig, part: str, dtype: str | None = None) -> keras.Model:
+    """One network of `config` with random weights; `part` is a key of `MODELS`."""
+    return MODELS[part](config, dtype)
+
+
+def load_part(source: Source | Checkpoint, part: str, dtype: str | None = None) -> keras.Model:
+    """Build one network and fill it: "text_encoder", "unet", "encoder" or "decoder".
+
+    Tensors are read, assigned and freed one at a time. Arguments and errors as of `load`;
+    `source` may also be what `open_checkpoint` gave.
+    """
+    checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
+    model = build_part(checkpoint.config, part, dtype)
+    for match in checkpoint.match(part, model.weights):
+        match.fill()
+    return model
+
+
+def load(source: Source, dtype: str | None = None) -> Models:
+    """Build and fill all four networks.
+
+    Args:
+        source: as of `open_checkpoint`.
+        dtype: Keras dtype policy of the networks, such as "float32", "float16" or
+            "mixed_bfloat16"; None is Keras's global one. Weights are converted to its variables'.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as of `open_checkpoint`; or tensors are missing, left
+            over or of the wrong shape, all listed before any is read; or one is not finite.
+    """
+    checkpoint = open_checkpoint(source)
+    models = {part: build_part(checkpoint.config, part, dtype) for part in MODELS}
+    matches, problems = [], []
+    for part, model in models.items():
+        try:
+            matches += checkpoint.match(part, model.weights)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    for match in matches:
+        match.fill()
+    return Models(checkpoint.config, **models)

@@ -1,0 +1,322 @@
+"""Weight files as {name: tensor}, one tensor read at a time; nothing in a file is executed."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from stable_diffusion_tf.files import atomic_path
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message says what, why, and what to do."""
+
+
+class TensorFile(Protocol):
+    """Named tensors on disk. Shapes and dtypes are known at once; values are read on request."""
+
+    path: Path
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
+MAX_JSON = 100_000_000
+MAX_RANK = 32  # of a NumPy array
+
+# First bytes of what people save under a name ending in .safetensors.
+LOOKALIKES = (
+    (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`, or download the file"),
+    (b"<", "an HTML or XML page, likely an error page: download the file again"),
+    (b"PK\x03\x04", "a PyTorch or zip file: convert it to safetensors"),
+    (b"\x80", "a Python pickle: convert it to safetensors"),
+    (b"\x89HDF", "an HDF5 file: convert it to safetensors"),
+    (b"{", "JSON: download the weights themselves"),
+)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the file's beginning
+    size: int
+
+
+class SafetensorsFile:
+    """A `.safetensors` file: 8 bytes of header length, a JSON header, the tensors' bytes.
+
+    The header is checked in full on opening, as strictly as the reference implementation does
+    (github.com/huggingface/safetensors): known dtypes, sizes that match the shapes, and tensors
+    that fill the file without a gap or an overlap.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is something else, truncated or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._entries, self.metadata = _read_header(self.path)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor's values, in its stored dtype."""
+        entry = self._entries[name]
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            data = np.fromfile(file, np.uint8, entry.size)
+        if data.size != entry.size:
+            raise CheckpointError(f"{self.path} was cut short while it was read.")
+        return data.view(entry.dtype).reshape(entry.shape)
+
+
+class ShardedFile:
+    """Several safetensors files under one `.safetensors.index.json`, as one.
+
+    Raises:
+        FileNotFoundError: the index or a shard is not there.
+        CheckpointError: the index and its shards disagree; or a shard is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        places = read_json(self.path).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+            raise CheckpointError(f"{self.path}: its 'weight_map' does not map names to files.")
+        for shard in set(places.values()):
+            if shard != Path(shard).name or "\\" in shard:
+                raise CheckpointError(f"{self.path}: {shard!r} is not a file beside the index.")
+        shards = {s: SafetensorsFile(self.path.parent / s) for s in sorted(set(places.values()))}
+        self._places = {name: shards[shard] for name, shard in places.items()}
+
+        held = {(name, shard) for shard, file in shards.items() for name in file.names}
+        if problems := sorted(held ^ set(places.items())):
+            name, shard = problems[0]
+            raise CheckpointError(
+                f"{self.path} and its shards disagree about {len(problems)} tensors, the first "
+                f"is {name} in {shard}. Take index and shards from the same download."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._places[name].dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._places[name].read(name)
+
+
+def open_tensors(path: str | os.PathLike) -> TensorFile:
+    """Open a weight file by its name: a `.safetensors` file, or the index of a sharded one."""
+    return ShardedFile(path) if str(path).endswith(".index.json") else SafetensorsFile(path)
+
+
+def save_safetensors(
+    tensors: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, whole or not at all; a file there is replaced."""
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON file that holds an object, without repeated keys.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing.")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is a folder, not a JSON file.")
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path} is too large for a JSON file of a checkpoint.")
+    data = path.read_bytes()
+    try:
+        return _parse_object(data)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not the JSON it should be ({error}){_looks_like(data)}."
+        ) from None
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing.")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is a folder, not a safetensors file.")
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"{path} is empty. Download it again.")
+    with path.open("rb") as file:
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > MAX_HEADER:
+            raise CheckpointError(f"{path} is not a safetensors file{_looks_like(start)}.")
+        if size < 8 + length:
+            raise _truncated(path, size, 8 + length)
+        file.seek(8)
+        header = file.read(length)
+    try:
+        if not header.startswith(b"{"):
+            raise ValueError("it does not begin with '{'")
+        fields = _parse_object(header)
+        metadata = _check_metadata(fields.pop("__metadata__", None))
+        entries = {name: _check_entry(name, field) for name, field in fields.items()}
+        end = _check_layout(entries)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its header is damaged: {error}. Download it again."
+        ) from None
+    data = 8 + length
+    if size < data + end:
+        raise _truncated(path, size, data + end)
+    if size > data + end:
+        raise CheckpointError(
+            f"{path} has {size - data - end} bytes after its last tensor. Download it again."
+        )
+    return {
+        name: _Entry(entry.dtype, entry.shape, data + entry.start, entry.size)
+        for name, entry in entries.items()
+    }, metadata
+
+
+def _check_metadata(metadata: Any) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise ValueError("'__metadata__' is not an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"'__metadata__' has a value that is not text, at {key!r}")
+    return metadata
+
+
+def _check_entry(name: str, field: Any) -> _Entry:
+    if not isinstance(field, dict) or field.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+        raise ValueError(f"{name!r} has the impossible shape {shape}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name!r} has the impossible offsets {offsets}")
+    size = offsets[1] - offsets[0]
+    # The reference multiplies all sizes in 64 bits before it compares, zeros in any place.
+    if math.prod(filter(None, shape)) * DTYPES[dtype].itemsize * 8 >= 2**64:
+        raise ValueError(f"{name!r} has the impossible shape {shape}")
+    if math.prod(shape) * DTYPES[dtype].itemsize != size:
+        raise ValueError(f"{name!r} has {size} bytes, which {dtype} of shape {shape} is not")
+    return _Entry(DTYPES[dtype], tuple(shape), offsets[0], size)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**64 for v in values)
+
+
+def _check_layout(entries: Mapping[str, _Entry]) -> int:
+    """Where the last tensor ends, if all follow one another from 0 on."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            raise ValueError(f"{name!r} begins at byte {entry.start}, not {end}")
+        end += entry.size
+    return end
+
+
+def _parse_object(data: bytes) -> dict[str, Any]:
+    """JSON bytes -> dict; refuses what Python's parser lets through and the standard does not."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        for key, value in pairs:
+            for text in (key, value):
+                if isinstance(text, str):
+                    text.encode()  # half a surrogate pair is a ValueError
+        return result
+
+    def integer(text: str) -> int:
+        if text == "-0":
+            raise ValueError("-0 is not an integer")
+        return int(text)
+
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        fields = json.loads(
+            data.decode(), object_pairs_hook=unique, parse_int=integer, parse_constant=constant
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError("it is not an object")
+    return fields
+
+
+def _truncated(path: Path, size: int, needed: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated: it has {size} of at least {needed} bytes. Download it again."
+    )
+
+
+def _looks_like(data: bytes) -> str:
+    start = data.lstrip()
+    for magic, what in LOOKALIKES:
+        if start.startswith(magic):
+            return f"; it looks like {what}"
+    return ""

@@ -1,0 +1,249 @@
+"""Pictures: paths, PIL images and arrays; uint8, [0, 1] and [-1, 1]; PNG files; contact sheets.
+
+Arrays are channels-last: one picture (H, W, 3), or several (N, H, W, 3).
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from stable_diffusion_tf.files import atomic_path
+
+ImageSource = str | os.PathLike | Image.Image | np.ndarray
+
+
+def load_image(source: ImageSource) -> np.ndarray:
+    """Picture -> float32 (H, W, 3) in [0, 1], upright, transparency on white.
+
+    Args:
+        source: a path; a PIL image; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
+            uint8, uint16, bool, or float in [0, 1]. 16-bit and float values keep their precision.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no picture; the array's shape, type or range is none of the above.
+    """
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if isinstance(source, str | os.PathLike):
+        try:
+            with Image.open(source) as image:
+                return _from_pil(image)
+        except UnidentifiedImageError:
+            raise ValueError(f"{source} is not a picture that Pillow can read.") from None
+        except (SyntaxError, OSError) as error:
+            if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+                raise
+            raise ValueError(f"{source} is damaged: {error}.") from error
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    raise TypeError(
+        f"A picture is a path, a PIL image or a NumPy array, not {type(source).__name__}."
+    )
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which older Pillows open as 32-bit "I"
+        return _from_array(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
+    if image.mode == "F":
+        return _from_array(np.asarray(image))
+    return _from_array(np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(
+            f"A picture's array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}."
+        )
+    unit = _to_unit(array)
+    if unit.shape[-1] == 4:
+        alpha = unit[..., 3:]
+        unit = unit[..., :3] * alpha + (1 - alpha)
+    return np.repeat(unit, 3, axis=-1) if unit.shape[-1] == 1 else unit
+
+
+def _to_unit(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return uint8_to_unit(array)
+    if array.dtype == np.uint16:
+        return array.astype(np.float32) / np.float32(65535)
+    if array.dtype == bool:
+        return array.astype(np.float32)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"A picture's array is uint8, uint16, bool or float, not {array.dtype}.")
+    if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
+        raise ValueError(
+            "A picture's float array lies in [0, 1]; this one lies in "
+            f"[{array.min():.4g}, {array.max():.4g}]. Scale it, or give uint8."
+        )
+    return array.astype(np.float32)
+
+
+def uint8_to_unit(image: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [0, 1], same shape."""
+    return image.astype(np.float32) / np.float32(255)
+
+
+def unit_to_uint8(image: np.ndarray) -> np.ndarray:
+    """Float -> uint8, same shape: clipped to [0, 1], rounded; inverts `uint8_to_unit` exactly.
+
+    Raises:
+        ValueError: the image has a NaN, which no colour stands for.
+    """
+    if np.isnan(image).any():
+        raise ValueError("The image has NaN pixels; the network that made it has overflowed.")
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def unit_to_signed(image: np.ndarray) -> np.ndarray:
+    """[0, 1] -> [-1, 1], the range that the autoencoder works in; same shape."""
+    return image * 2 - 1
+
+
+def signed_to_unit(image: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> [0, 1], same shape; the little that a decoder overshoots is clipped."""
+    return np.clip(image / 2 + 0.5, 0, 1)
+
+
+def free_path(folder: str | os.PathLike, stem: str, suffix: str = ".png") -> Path:
+    """Reserve the first free name of `stem.png`, `stem-1.png`, `stem-2.png`, … in `folder`.
+
+    The name is taken by creating an empty file, so that two programs never get the same one;
+    `save_png` fills it. The folder is made if there is none.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        path = folder / (f"{stem}-{number}{suffix}" if number else f"{stem}{suffix}")
+        if _reserve(path):
+            return path
+        number += 1
+
+
+def _reserve(path: Path) -> bool:
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def save_png(
+    image: np.ndarray, path: str | os.PathLike, text: Mapping[str, str] | None = None
+) -> Path:
+    """Write a picture, whole or not at all, and return its path.
+
+    Args:
+        image: uint8 (H, W, 3), or float in [0, 1], which is rounded.
+        path: a new file, or a name reserved by `free_path`; pictures are never overwritten.
+        text: the PNG's text chunks by keyword (see `png_text`).
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        ValueError: not one picture.
+    """
+    path = Path(path)
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"One picture is (H, W, 3), not {image.shape}.")
+    if image.dtype != np.uint8:
+        image = unit_to_uint8(image)
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
+    encoded = BytesIO()
+    Image.fromarray(image).save(encoded, "png", pnginfo=chunks)
+
+    if not _reserve(path) and (not path.is_file() or path.stat().st_size):
+        raise FileExistsError(f"{path} exists. Name another file, or move it away.")
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(encoded.getbuffer())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def png_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    """How a picture was made -> PNG text, to make it again.
+
+    `settings` is what JSON can hold, "prompt" and "negative_prompt" included. The keyword
+    `stable_diffusion_tf` holds it exactly, as JSON; `parameters` is the same for reading, laid
+    out as most Stable Diffusion programs do: the prompts, then "Steps: 25, Seed: 1".
+    """
+    lines = [str(settings.get("prompt") or "")]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(
+        ", ".join(
+            f"{name.replace('_', ' ').capitalize()}: {value}"
+            for name, value in settings.items()
+            if name not in ("prompt", "negative_prompt") and value is not None
+        )
+    )
+    return {
+        "parameters": "\n".join(lines),
+        "stable_diffusion_tf": json.dumps(dict(settings), ensure_ascii=False),
+    }
+
+
+def contact_sheet(
+    images: np.ndarray,
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    gap: int = 4,
+) -> np.ndarray:
+    """Pictures side by side on white, row by row.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        columns: pictures a row; without it, about as many as rows.
+        labels: N texts, one under each picture, shortened to its width.
+        gap: pixels around each picture.
+
+    Returns:
+        uint8 (H', W', 3).
+
+    Raises:
+        ValueError: no pictures, or another number of labels.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"A contact sheet takes pictures (N, H, W, 3), not {images.shape}.")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} pictures, but {len(labels)} labels.")
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    font = ImageFont.load_default()
+    text_height = math.ceil(font.getbbox("Ag")[3]) + gap if labels else 0
+    cell_height, cell_width = height + text_height + gap, width + gap
+
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(images):
+        row, column = divmod(i, columns)
+        x, y = gap + column * cell_width, gap + row * cell_height
+        sheet.paste(Image.fromarray(picture), (x, y))
+        if labels:
+            draw.text((x, y + height), _shorten(labels[i], font, width), fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def _shorten(text: str, font: Any, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

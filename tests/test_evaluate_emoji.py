@@ -1,0 +1,148 @@
+"""The metrics of scripts/evaluate_emoji.py, on made-up artworks whose answers are known."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from emoji_data import Row, caption
+from evaluate_emoji import (
+    Artworks,
+    copy_baselines,
+    gradient_energy,
+    hits,
+    main,
+    psnr,
+    sheet,
+    thumbnails,
+)
+
+
+def row(style: str, concept: int, split: str = "train") -> Row:
+    return Row(style, style, "package", "icon", f"{concept:x}", f"thing {concept}", (), "", split)
+
+
+@pytest.fixture
+def artworks() -> Artworks:
+    """Twelve concepts in three styles; "b" is "a" a little brighter, "c" has nothing in common."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 200, (12, 64, 64, 3), dtype=np.uint8)
+    c = rng.integers(0, 200, (12, 64, 64, 3), dtype=np.uint8)
+    rows = [
+        row(s, i, "unseen_pair" if (s, i) == ("a", 3) else "train")
+        for s in "abc"
+        for i in range(12)
+    ]
+    return Artworks(rows, np.concatenate([a, a + 5, c]))
+
+
+def test_real_artworks_are_their_own_best_answer(artworks):
+    ranks = [artworks.rank(artworks.thumbnails[i], i) for i in range(len(artworks.rows))]
+    assert hits(ranks) == {"top1": 1, "top5": 1}
+
+
+def test_a_wrong_concept_is_no_top1_hit(artworks):
+    assert artworks.rank(artworks.thumbnails[1], asked=0) > 0
+
+
+def test_artworks_alike_rank_alike():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8).repeat(2, axis=0)
+    twins = Artworks([row("a", 0), row("a", 1)], images)
+    assert [twins.rank(twins.thumbnails[0], i) for i in (0, 1)] == [0, 0]
+
+
+def test_copies_are_the_training_artworks_of_the_concept_in_other_styles(artworks):
+    assert artworks.copies(3) == [15, 27]
+    assert artworks.copies(15) == [27]  # 3 is held out
+
+
+def test_copying_style_b_answers_style_a_and_copying_c_is_chance(artworks):
+    baselines = copy_baselines(artworks, [3])
+    assert baselines["best_copy"] == {"top1": 1, "top5": 1}
+    assert 0.5 <= baselines["random_copy"]["top1"] < 1
+
+
+def test_nearest_of_another_style(artworks):
+    assert artworks.nearest_is_of_another_style(artworks.thumbnails[15], asked=3)
+    assert not artworks.nearest_is_of_another_style(artworks.thumbnails[0], asked=0)
+    # the held-out artwork itself is not searched: its brighter twin is the nearest
+    assert artworks.nearest_is_of_another_style(artworks.thumbnails[3], asked=3)
+
+
+def test_chosen_lists_are_fixed_and_nested(artworks):
+    assert artworks.chosen("unseen_pair") == [3]
+    assert artworks.chosen("train", 5) == artworks.chosen("train", 9)[:5]
+    assert 3 not in artworks.chosen("train")
+
+
+def test_thumbnails_are_box_means():
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    image[0, 0, 1, 2] = 255
+    thumbnail = thumbnails(image).reshape(32, 32, 3)
+    assert thumbnail[0, 0, 2] == pytest.approx(0.25)
+    assert thumbnail.sum() == pytest.approx(0.25)
+
+
+def test_thumbnails_refuse_a_size_that_does_not_divide():
+    with pytest.raises(ValueError, match="48 px"):
+        thumbnails(np.zeros((1, 48, 48, 3), np.uint8))
+
+
+def test_gradient_energy_of_a_step_edge():
+    edge = np.zeros((1, 4, 5, 3), np.uint8)
+    edge[:, :, 2:] = 255
+    assert gradient_energy(edge) == pytest.approx(1 / 4)  # one of four differences along a row
+    assert gradient_energy(np.full((1, 4, 4, 3), 9, np.uint8)) == 0
+
+
+def test_psnr_of_a_constant_error():
+    images = np.full((2, 4, 4, 3), 100, np.uint8)
+    assert psnr(images, images + 10) == pytest.approx(20 * np.log10(25.5))
+
+
+def test_sheet_pairs_real_and_drawn(artworks):
+    real = artworks.images[:7]
+    picture = sheet(["a thing"] * 7, real, real, ranks=[0] * 7)
+    assert picture.dtype == np.uint8
+    assert picture.shape[1] > 5 * 256
+
+
+class PerfectModel:
+    """Draws the asked artwork itself; its autoencoder loses nothing."""
+
+    img_height = 64
+
+    def __init__(self, artworks: Artworks):
+        captions = map(caption, artworks.rows)
+        self._pictures = dict(zip(captions, artworks.images, strict=True))
+
+    def generate(self, prompts, num_steps, seed):
+        return np.stack([self._pictures[prompt] for prompt in prompts])
+
+    def encode_image(self, images):
+        return images
+
+    def decode(self, latents):
+        return latents
+
+
+def test_a_perfect_model_has_perfect_figures(artworks, tmp_path, monkeypatch):
+    class StableDiffusion:
+        from_pretrained = staticmethod(lambda source: PerfectModel(artworks))
+
+    monkeypatch.setattr("stable_diffusion_tf.StableDiffusion", StableDiffusion, raising=False)
+    monkeypatch.setattr("emoji_data.load", lambda size, cache: (artworks.rows, artworks.images))
+
+    file = tmp_path / "figures.json"
+    arguments = ["--prompts", "7", "--batch", "3", "--output", tmp_path, "--json", file]
+    result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+
+    assert result.exit_code == 0
+    figures = json.loads(file.read_text())
+    assert figures["autoencoder"]["psnr"] > 60
+    for split, count in (("train", 7), ("unseen_pair", 1)):
+        assert figures[split]["prompts"] == count
+        assert figures[split]["top1"] == figures[split]["top5"] == 1
+        assert figures[split]["sharpness"] == pytest.approx(1)
+        assert (tmp_path / f"evaluation-{split}.png").exists()

@@ -1,0 +1,168 @@
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stable_diffusion_tf import images
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def test_every_uint8_value_survives_each_conversion():
+    values = np.arange(256, dtype=np.uint8)
+    unit = images.uint8_to_unit(values)
+    signed = images.unit_to_signed(unit)
+
+    assert unit.dtype == signed.dtype == np.float32
+    assert (unit[0], unit[-1], signed[0], signed[-1]) == (0, 1, -1, 1)
+    np.testing.assert_array_equal(images.unit_to_uint8(unit), values)
+    np.testing.assert_array_equal(images.unit_to_uint8(images.signed_to_unit(signed)), values)
+
+
+def test_overshooting_floats_are_clipped_and_nan_is_refused():
+    np.testing.assert_array_equal(images.signed_to_unit(np.array([-1.5, 1.5])), [0, 1])
+    with pytest.raises(ValueError, match="NaN"):
+        images.unit_to_uint8(np.array([0.5, np.nan]))
+
+
+def test_a_path_a_pil_image_and_an_array_load_the_same(picture, tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(picture).save(path)
+    expected = picture.astype(np.float32) / 255
+
+    for source in (path, str(path), Image.fromarray(picture), picture, expected):
+        loaded = images.load_image(source)
+        assert loaded.dtype == np.float32
+        np.testing.assert_array_equal(loaded, expected)
+
+
+def test_exif_orientation_is_applied(picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: turn it a quarter clockwise
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+
+    loaded = images.load_image(tmp_path / "turned.png")
+    np.testing.assert_array_equal(loaded, np.rot90(picture, -1).astype(np.float32) / 255)
+
+
+def test_transparency_lies_on_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 3] = 0, 51, 255
+    for source in (rgba, Image.fromarray(rgba)):
+        np.testing.assert_allclose(images.load_image(source)[0, :, 0], [1, 0.8, 0], atol=1e-6)
+
+    palette = Image.new("P", (1, 1))
+    palette.info["transparency"] = 0
+    np.testing.assert_array_equal(images.load_image(palette), np.ones((1, 1, 3)))
+
+
+def test_16_bit_grey_keeps_its_precision(tmp_path):
+    grey = np.array([[0, 1, 32768, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+
+    for source in (grey, tmp_path / "grey.png"):
+        loaded = images.load_image(source)
+        assert loaded.shape == (1, 4, 3)
+        np.testing.assert_array_equal(loaded[..., 0], grey / np.float32(65535))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "F"])
+def test_white_is_white_in_every_mode(mode):
+    white = Image.new("RGB", (2, 1), "white").convert(mode)
+    if mode == "F":
+        white = Image.fromarray(np.ones((1, 2), np.float32))
+    np.testing.assert_array_equal(images.load_image(white), np.ones((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (np.zeros((2, 2, 2)), ValueError, r"not \(2, 2, 2\)"),
+        (np.zeros((0, 2, 3)), ValueError, r"not \(0, 2, 3\)"),
+        (np.full((2, 2, 3), 255.0), ValueError, r"\[255, 255\]"),
+        (np.full((2, 2, 3), np.nan), ValueError, r"\[0, 1\]"),
+        (np.zeros((2, 2, 3), np.int64), ValueError, "int64"),
+        ([[0, 1]], TypeError, "list"),
+        ("no/such/picture.png", FileNotFoundError, "picture.png"),
+    ],
+)
+def test_what_is_no_picture_is_refused(source, error, message):
+    with pytest.raises(error, match=message):
+        images.load_image(source)
+
+
+def test_damaged_files_are_named(picture, tmp_path):
+    whole = images.save_png(np.tile(picture, (40, 40, 1)), tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not a picture")
+
+    for name in ("cut.png", "text.png"):
+        with pytest.raises(ValueError, match=name):
+            images.load_image(tmp_path / name)
+
+
+def test_a_png_holds_its_picture_and_how_it_was_made(picture, tmp_path):
+    settings = {"prompt": "a café 🍎", "negative_prompt": "blurry", "seed": 7, "eta": None}
+    path = images.save_png(picture, tmp_path / "made.png", images.png_text(settings))
+
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+        assert json.loads(image.text["stable_diffusion_tf"]) == settings
+        assert image.text["parameters"] == "a café 🍎\nNegative prompt: blurry\nSeed: 7"
+    assert os.listdir(tmp_path) == ["made.png"]
+
+
+def test_float_pictures_are_rounded(picture, tmp_path):
+    path = images.save_png(images.uint8_to_unit(picture), tmp_path / "float.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half_written(picture, tmp_path):
+    path = tmp_path / "one.png"
+    images.save_png(picture, path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"one\.png"):
+        images.save_png(255 - picture, path)
+    assert path.read_bytes() == before
+
+    with pytest.raises(ValueError, match=r"\(1, 5, 7, 3\)"):
+        images.save_png(picture[None], tmp_path / "two.png")
+    assert os.listdir(tmp_path) == ["one.png"]
+
+
+def test_free_paths_are_never_given_twice(picture, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: images.free_path(folder, "red-apple"), range(20)))
+    assert len(set(paths)) == 20
+    assert sorted(path.name for path in paths)[:2] == ["red-apple-1.png", "red-apple-10.png"]
+
+    images.save_png(picture, paths[0])
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[0])), picture)
+
+
+def test_contact_sheet_places_pictures_row_by_row(picture):
+    sheet = images.contact_sheet(np.stack([picture, 255 - picture, picture]), columns=2, gap=1)
+
+    assert sheet.shape == (13, 17, 3)
+    np.testing.assert_array_equal(sheet[1:6, 1:8], picture)
+    np.testing.assert_array_equal(sheet[1:6, 9:16], 255 - picture)
+    np.testing.assert_array_equal(sheet[7:12, 1:8], picture)
+    assert (sheet[7:12, 9:16] == 255).all()
+
+
+def test_contact_sheet_labels_fit_under_their_pictures():
+    black = np.zeros((2, 32, 32, 3), np.uint8)
+    plain = images.contact_sheet(black, columns=1)
+    sheet = images.contact_sheet(black, columns=1, labels=["a", "a very long label"])
+
+    assert sheet.shape[0] > plain.shape[0] and sheet.shape[1] == plain.shape[1]
+    assert (sheet[:, -2:] == 255).all()  # the long label stops before the edge
+    with pytest.raises(ValueError, match="1 labels"):
+        images.contact_sheet(black, labels=["one"])
