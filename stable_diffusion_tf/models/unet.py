@@ -7,7 +7,6 @@ from keras import layers, ops
 
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.models.layers import (
-    CropLike,
     DotProductAttention,
     conv,
     dense,

@@ -1,0 +1,85 @@
+"""The only module that knows Keras's backends: how each compiles a function and differentiates.
+
+Everything else is written in `keras.ops` and `keras.layers`.
+"""
+
+import keras
+
+
+def compiled(function, jit=False):
+    """Returns `function` of tensors compiled once per input shape.
+
+    Args:
+        function: pure in its tensor arguments; may read Keras variables.
+        jit: compile through XLA. On the JAX backend everything is, whatever this says.
+    """
+    return _BACKENDS[keras.backend.backend()].compiled(function, jit)
+
+
+def training_step(loss, variables, optimizer, jit=False):
+    """Returns `step(*batch) -> loss` that updates `variables` once; compiled.
+
+    Args:
+        loss: `loss(*batch)` -> scalar, computed from the variables' current values.
+        variables: what to differentiate by; the optimizer is built for them.
+        optimizer: a `keras.optimizers.Optimizer`, gradient scaling included.
+    """
+    optimizer.build(variables)
+    return _BACKENDS[keras.backend.backend()].training_step(loss, variables, optimizer, jit)
+
+
+class _TensorFlow:
+    @staticmethod
+    def compiled(function, jit):
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=jit or None)
+
+    @staticmethod
+    def training_step(loss, variables, optimizer, jit):
+        import tensorflow as tf
+
+        @tf.function(jit_compile=jit or None)
+        def step(*batch):
+            with tf.GradientTape() as tape:
+                value = loss(*batch)
+                scaled = optimizer.scale_loss(value)
+            optimizer.apply(tape.gradient(scaled, [v.value for v in variables]), variables)
+            return value
+
+        return step
+
+
+class _Jax:
+    @staticmethod
+    def compiled(function, jit):
+        import jax
+
+        return jax.jit(function)
+
+    @staticmethod
+    def training_step(loss, variables, optimizer, jit):
+        import jax
+
+        def loss_of(values, batch):
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                value = loss(*batch)
+                return optimizer.scale_loss(value), value
+
+        @jax.jit
+        def update(values, state, batch):
+            (_, value), gradients = jax.value_and_grad(loss_of, has_aux=True)(values, batch)
+            return value, *optimizer.stateless_apply(state, gradients, values)
+
+        def step(*batch):
+            value, values, state = update(
+                [v.value for v in variables], [v.value for v in optimizer.variables], batch
+            )
+            for variable, new in zip([*variables, *optimizer.variables], [*values, *state]):
+                variable.assign(new)
+            return value
+
+        return step
+
+
+_BACKENDS = {"tensorflow": _TensorFlow, "jax": _Jax}

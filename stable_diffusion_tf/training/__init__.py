@@ -1,0 +1,1 @@
+"""Training of the autoencoder and of latent diffusion over it, on TensorFlow and on JAX."""
