@@ -63,7 +63,9 @@ def train(
     saves = Saves(folder, [*variables, *optimizer.variables])
     start = saves.restore()
     log = LossLog(Path(folder) / "loss.csv", start)
-    with tqdm(total=steps, initial=start, desc="training", unit="step", disable=not progress) as bar:
+    with tqdm(
+        total=steps, initial=start, desc="training", unit="step", disable=not progress
+    ) as bar:
         recent = []
         for step in range(start, steps):
             recent.append(step_fn(*batch(step)))
@@ -136,7 +138,9 @@ class LossLog:
         rows = []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= start]
+                rows = [
+                    row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= start
+                ]
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with open(part, "w", newline="") as file:
