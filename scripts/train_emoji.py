@@ -1,16 +1,15 @@
-"""Trains the embedded default model, weights/emoji, from emoji artwork: two stages and an export.
+"""Trains the embedded default model from emoji artwork and saves it as a folder to load.
 
-    scripts/train_emoji.py autoencoder     # pictures <-> latents
-    scripts/train_emoji.py diffusion       # text -> latents, text encoder trained along
-    scripts/train_emoji.py export          # the averaged weights, as a folder to load
-
-Each stage can be killed at any moment and run again: it goes on from its last save.
+First the autoencoder, then text-conditional diffusion in its latents, the text encoder trained
+along. Kill it at any moment and run it again: it goes on from its last save. Losses, saves and a
+picture sheet every so often are in the runs folder.
 """
 
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,6 +18,8 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
+from stable_diffusion_tf.checkpoints.load import Models
+from stable_diffusion_tf.checkpoints.save import save
 from stable_diffusion_tf.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -26,6 +27,8 @@ from stable_diffusion_tf.config import (
     TextEncoderConfig,
     UNetConfig,
 )
+from stable_diffusion_tf.diffusion import schedule
+from stable_diffusion_tf.diffusion.denoiser import denoiser
 from stable_diffusion_tf.images import (
     contact_sheet,
     save_png,
@@ -34,9 +37,14 @@ from stable_diffusion_tf.images import (
     unit_to_signed,
     unit_to_uint8,
 )
-from stable_diffusion_tf.models import Decoder, Encoder
-from stable_diffusion_tf.training.loop import random, shuffled, train
-from stable_diffusion_tf.training.loss import autoencoder_loss
+from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
+from stable_diffusion_tf.samplers import get_sampler
+from stable_diffusion_tf.samplers.noise import Noise
+from stable_diffusion_tf.tokenizer import Tokenizer
+from stable_diffusion_tf.training.data import noisy_batches, random, shuffled
+from stable_diffusion_tf.training.loop import train
+from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, diffusion_loss
+from stable_diffusion_tf.training.optimizer import adamw
 
 EMOJI = ModelConfig(
     name="emoji",
@@ -59,11 +67,135 @@ EMOJI = ModelConfig(
 )
 
 
-@click.group(help=__doc__)
+SEED = 0
+
+
+@click.command(help=__doc__)
+@click.argument("target", type=Path)
+@click.option("--autoencoder-steps", default=1400, show_default=True)
+@click.option("--steps", default=5000, show_default=True, help="Of diffusion.")
+@click.option("--dtype", default="mixed_bfloat16", show_default=True, help="Of diffusion.")
+@click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
+@click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-@click.pass_context
-def main(context, runs):
-    context.obj = runs
+def main(target, autoencoder_steps, steps, dtype, norm, jit, runs):
+    keras.utils.set_random_seed(SEED)  # the initial weights; the rest is seeded step by step
+    rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
+    known = np.array([row.split == "train" for row in rows])
+
+    encoder, decoder = train_autoencoder(
+        images[known], images[~known], autoencoder_steps, runs / "autoencoder", jit
+    )
+    mean, deviation = posterior(encoder, images[known])
+    scale = float(1 / mean.std())  # latents of unit variance, as the schedule assumes
+    config = replace(EMOJI, autoencoder=replace(EMOJI.autoencoder, scale=scale))
+    scaled_decoder = Decoder(config.autoencoder)
+    scaled_decoder.set_weights(decoder.get_weights())
+
+    captions = [row for row in rows if row.split == "train"]
+    models = TextEncoder(config.text_encoder, dtype), UNet(config.unet, dtype)
+    train_diffusion(
+        config,
+        models,
+        scaled_decoder,
+        (mean * scale, deviation * scale),
+        captions,
+        norm=norm,
+        steps=steps,
+        folder=runs / "diffusion",
+        jit=jit,
+    )
+    save(Models(config, *models, encoder, scaled_decoder), target, dtype="float16")
+
+
+def train_autoencoder(known, unknown, steps, folder, jit, batch_size=32):
+    """Trains on `known` pictures, reports on `unknown` ones: -> encoder, decoder."""
+    encoder, decoder = Encoder(EMOJI.autoencoder), Decoder(EMOJI.autoencoder)
+    side = EMOJI.image_size // EMOJI.autoencoder.factor
+    shape = (batch_size, side, side, EMOJI.autoencoder.latent_channels)
+
+    def batch(step):
+        picked = known[shuffled(len(known), batch_size, SEED, step)]
+        return signed(picked), random(SEED, 1, step).standard_normal(shape, np.float32)
+
+    def preview(step):
+        shown = unknown[:: len(unknown) // 24][:24]
+        mean = posterior(encoder, shown)[0]
+        again = signed_to_unit(decoder.predict_on_batch(mean * EMOJI.autoencoder.scale))
+        error = np.mean((again - uint8_to_unit(shown)) ** 2, axis=(1, 2, 3))
+        tqdm.write(f"step {step}: PSNR {np.mean(-10 * np.log10(error)):.2f} dB on unseen artworks")
+        pairs = np.stack([shown, unit_to_uint8(again)], axis=1).reshape(-1, *shown.shape[1:])
+        save_preview(pairs, folder, step, columns=12)
+
+    train(
+        autoencoder_loss(encoder, decoder),
+        batch,
+        [encoder, decoder],
+        adamw(2e-3, steps, ema_momentum=0.995),
+        steps=steps,
+        folder=folder,
+        save_every=200,
+        preview=preview,
+        jit=jit,
+    )
+    return encoder, decoder
+
+
+def posterior(encoder, images, batch_size=64):
+    """Mean and standard deviation of the pictures' latents, unscaled."""
+    moments = encoder.predict(signed(images), batch_size, verbose=0)
+    mean, log_variance = np.split(moments, 2, axis=-1)
+    return mean, np.exp(0.5 * log_variance)
+
+
+def train_diffusion(
+    config, models, decoder, latents, captions, *, norm, steps, folder, jit, batch_size=64
+):
+    """Trains `models`, text encoder and UNet, on the Gaussians `latents` of captioned pictures."""
+    text_encoder, unet = models
+    tokenizer = Tokenizer()
+
+    def tokenize(texts):
+        text = config.text_encoder
+        return tokenizer.tokenize(texts, text.max_length, text.pad_token)
+
+    prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
+
+    def preview(step):
+        context = text_encoder.predict_on_batch(tokenize(prompts))
+        negative = text_encoder.predict_on_batch(tokenize([""] * len(prompts)))
+        denoise = denoiser(
+            lambda *inputs: unet(list(inputs)),
+            config.schedule.prediction,
+            context,
+            negative,
+            config.guidance,
+        )
+        noise = Noise(range(len(prompts)), latents[0].shape[1:])
+        row = get_sampler("ddim")
+        noise_levels = schedule.steps(config.schedule, 15, **row.grid)
+        *_, (x, _) = row.sample(denoise, noise.start(), noise_levels, noise)
+        pictures = signed_to_unit(decoder.predict_on_batch(keras.ops.convert_to_numpy(x)))
+        save_preview(unit_to_uint8(pictures), folder, step, columns=8)
+
+    train(
+        diffusion_loss(text_encoder, unet, config.schedule.prediction, norm),
+        noisy_batches(
+            *latents,
+            lambda i, rng: emoji_data.captions(captions[i], rng),
+            tokenize,
+            config.schedule,
+            batch_size=batch_size,
+            seed=SEED,
+        ),
+        models,
+        adamw(1e-3, steps, loss_scaling=unet.dtype_policy.compute_dtype == "float16"),
+        steps=steps,
+        folder=folder,
+        save_every=250,
+        preview=preview,
+        jit=jit,
+    )
 
 
 def signed(images):
@@ -71,67 +203,11 @@ def signed(images):
     return unit_to_signed(uint8_to_unit(images))
 
 
-def save_preview(images, path, columns):
-    """Replaces the sheet at `path`: a resumed run draws some of them again."""
+def save_preview(images, folder, step, columns):
+    """Replaces the sheet of this step: a resumed run draws some of them again."""
+    path = folder / f"preview{step:06d}.png"
     path.unlink(missing_ok=True)
     save_png(contact_sheet(images, columns), path)
-
-
-@main.command(short_help="Pictures <-> latents.")
-@click.option("--steps", default=1400, show_default=True)
-@click.option("--batch-size", default=32, show_default=True)
-@click.option("--rate", default=2e-3, show_default=True, help="Peak learning rate.")
-@click.option("--seed", default=0, show_default=True)
-@click.pass_obj
-def autoencoder(runs, steps, batch_size, rate, seed):
-    """Trains the autoencoder on the `train` split."""
-    keras.utils.set_random_seed(seed)
-    rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
-    known = images[[row.split == "train" for row in rows]]
-    unknown = images[[row.split != "train" for row in rows]]
-    encoder, decoder = Encoder(EMOJI.autoencoder), Decoder(EMOJI.autoencoder)
-    side = EMOJI.image_size // EMOJI.autoencoder.factor
-    shape = (side, side, EMOJI.autoencoder.latent_channels)
-
-    def batch(step):
-        picked = known[shuffled(len(known), batch_size, seed, step)]
-        noise = random(seed, 1, step).standard_normal((batch_size, *shape), np.float32)
-        return signed(picked), noise
-
-    def preview(step):
-        shown = unknown[:: len(unknown) // 24][:24]
-        moments = encoder.predict_on_batch(signed(shown))
-        again = decoder.predict_on_batch(moments[..., : shape[-1]] * EMOJI.autoencoder.scale)
-        again = signed_to_unit(again)
-        error = np.mean((again - uint8_to_unit(shown)) ** 2, axis=(1, 2, 3))
-        tqdm.write(f"step {step}: PSNR {np.mean(-10 * np.log10(error)):.2f} dB on unseen artworks")
-        pairs = np.stack([shown, unit_to_uint8(again)], axis=1).reshape(-1, *shown.shape[1:])
-        save_preview(pairs, runs / f"autoencoder/preview{step:06d}.png", columns=12)
-
-    train(
-        autoencoder_loss(encoder, decoder),
-        batch,
-        [encoder, decoder],
-        optimizer(rate, steps, ema_momentum=0.995),
-        steps=steps,
-        folder=runs / "autoencoder",
-        save_every=200,
-        preview=preview,
-    )
-
-
-def optimizer(rate, steps, ema_momentum, warmup=100):
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warmup, warmup_target=rate, warmup_steps=warmup
-    )
-    return keras.optimizers.AdamW(
-        schedule,
-        weight_decay=1e-4,
-        beta_2=0.99,
-        global_clipnorm=1.0,
-        use_ema=True,
-        ema_momentum=ema_momentum,
-    )
 
 
 if __name__ == "__main__":

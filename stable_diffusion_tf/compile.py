@@ -75,7 +75,8 @@ class _Jax:
             value, values, state = update(
                 [v.value for v in variables], [v.value for v in optimizer.variables], batch
             )
-            for variable, new in zip([*variables, *optimizer.variables], [*values, *state]):
+            held = [*variables, *optimizer.variables]
+            for variable, new in zip(held, [*values, *state], strict=True):
                 variable.assign(new)
             return value
 

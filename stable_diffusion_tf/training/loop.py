@@ -18,18 +18,6 @@ from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.training.ema import averaged
 
 
-def random(seed: int, *counters: int) -> np.random.Generator:
-    """A generator keyed by the run's seed and counters such as the step: same key, same draws."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
-
-
-def shuffled(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Indices of the batch of `step`: passes over `count` items, each in an order of its own."""
-    epoch, batch = divmod(step, count // batch_size)
-    order = random(seed, epoch).permutation(count)
-    return order[batch * batch_size :][:batch_size]
-
-
 def train(
     loss,
     batch,
@@ -47,7 +35,9 @@ def train(
     """Runs `steps` updates of the models' weights in all, going on from the last save in `folder`.
 
     Killed at any moment and run again with the same arguments, it ends with the same weights as if
-    it had not been. `folder` gets `state.safetensors`, the save before it, and `loss.csv`.
+    it had not been; a finished run costs nothing. At the end the models hold the averaged weights,
+    if the optimizer keeps an average. `folder` gets `state.safetensors`, the save before it, and
+    `loss.csv`.
 
     Args:
         loss: `loss(*batch) -> scalar`; see `stable_diffusion_tf.training.loss`.
@@ -86,6 +76,7 @@ def train(
                 if preview is not None:
                     with averaged(optimizer, variables):
                         preview(done)
+    optimizer.finalize_variable_values(variables)
 
 
 class Saves:

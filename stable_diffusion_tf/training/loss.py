@@ -2,6 +2,9 @@
 
 from keras import ops
 
+from stable_diffusion_tf.diffusion.denoiser import add_noise, target
+from stable_diffusion_tf.diffusion.schedule import Step
+
 NORMS = {"l2": ops.square, "l1": ops.abs}
 
 
@@ -32,21 +35,22 @@ def differences(images):
     return images[:, 1:] - images[:, :-1], images[:, :, 1:] - images[:, :, :-1]
 
 
-def diffusion_loss(text_encoder, unet, norm="l2"):
-    """Returns `loss(latents, noise, alpha, sigma, timesteps, token_ids, target)`.
+def diffusion_loss(text_encoder, unet, prediction, norm="l2"):
+    """Returns `loss(latents, noise, timesteps, alpha, sigma, token_ids)`.
 
-    The denoising objective of DDPM (arXiv:2006.11239, eq. 14) conditioned on text (arXiv:2112.10752,
-    eq. 3), the text encoder trained along: the distance of the network's prediction at
-    `alpha * latents + sigma * noise` from `target`, the noise or v (arXiv:2202.00512).
+    The denoising objective of DDPM (arXiv:2006.11239, eq. 14) conditioned on text as in latent
+    diffusion (arXiv:2112.10752, eq. 3), the text encoder trained along: the distance between what
+    the network predicts of the noisy latents and what it should.
 
-    latents, noise, target (B, h, w, channels); alpha, sigma (B, 1, 1, 1); timesteps (B,);
-    token_ids (B, N). `norm` is "l2" or "l1".
+    latents, noise (B, h, w, channels); timesteps (B,); alpha, sigma (B, 1, 1, 1);
+    token_ids (B, N). `prediction` is "epsilon" or "v"; `norm` is "l2" or "l1".
     """
     distance = NORMS[norm]
 
-    def loss(latents, noise, alpha, sigma, timesteps, token_ids, target):
-        noisy = alpha * latents + sigma * noise
-        predicted = unet([noisy, timesteps, text_encoder(token_ids)])
-        return ops.mean(distance(ops.cast(predicted, "float32") - target))
+    def loss(latents, noise, timesteps, alpha, sigma, token_ids):
+        step = Step(timesteps, alpha, sigma)
+        predicted = unet([add_noise(latents, noise, step), timesteps, text_encoder(token_ids)])
+        wanted = target(latents, noise, step, prediction)
+        return ops.mean(distance(ops.cast(predicted, "float32") - wanted))
 
     return loss

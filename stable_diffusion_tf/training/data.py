@@ -1,0 +1,70 @@
+"""What a training step sees, as a pure function of the run's seed and the step's number.
+
+So a run that goes on from a save needs no state of a generator or of a data reader.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from stable_diffusion_tf.config import ScheduleConfig
+from stable_diffusion_tf.diffusion.schedule import alphas_cumprod
+
+
+def random(seed: int, *counters: int) -> np.random.Generator:
+    """A generator keyed by the run's seed and counters such as the step: same key, same draws."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
+
+
+def shuffled(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Indices of the batch of `step`: passes over `count` items, each in an order of its own."""
+    epoch, batch = divmod(step, count // batch_size)
+    order = random(seed, epoch).permutation(count)
+    return order[batch * batch_size :][:batch_size]
+
+
+def noisy_batches(
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    caption: Callable[[int, np.random.Generator], str],
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    schedule: ScheduleConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    caption_drop: float = 0.1,
+):
+    """Returns `batch(step)`, the arguments of `diffusion_loss`.
+
+    Args:
+        mean, deviation: of the pictures' latents, scaled, (count, h, w, channels); each use draws
+            from that Gaussian, the autoencoder's posterior.
+        caption: `caption(i, rng)` -> a caption of picture i.
+        tokenize: captions -> token ids (B, N).
+        caption_drop: share of empty captions, for classifier-free guidance (arXiv:2207.12598).
+    """
+    squares = alphas_cumprod(schedule)
+    unit = (batch_size, *mean.shape[1:])
+
+    def batch(step):
+        rng = random(seed, 1, step)
+        picked = shuffled(len(mean), batch_size, seed, step)
+        latents = mean[picked] + deviation[picked] * rng.standard_normal(unit, np.float32)
+        noise = rng.standard_normal(unit, np.float32)
+        # Evenly over all timesteps in every batch: less variance than independent draws
+        # (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+        even = (rng.random() + np.arange(batch_size) / batch_size) % 1
+        timesteps = (even * len(squares)).astype(int)
+        square = squares[timesteps].reshape(-1, 1, 1, 1)
+        alpha, sigma = np.sqrt(square), np.sqrt(1 - square)
+        captions = ["" if rng.random() < caption_drop else caption(i, rng) for i in picked]
+        return (
+            latents,
+            noise,
+            timesteps.astype(np.float32),
+            alpha.astype(np.float32),
+            sigma.astype(np.float32),
+            tokenize(captions),
+        )
+
+    return batch
