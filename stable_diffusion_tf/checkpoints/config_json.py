@@ -79,7 +79,6 @@ BETAS = {"linear": "linear", "scaled_linear": "scaled_linear"}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-LEADING_BY_DEFAULT = ("DDIMScheduler", "PNDMScheduler")  # the other classes default to linspace
 
 
 class Fields:
@@ -117,8 +116,11 @@ class Fields:
             self.refuse(key, "true or false")
         return value
 
-    def choice(self, key: str, known: dict[str, Any], default: str) -> Any:
+    def choice(self, key: str, known: dict[str, Any], default: str | None) -> Any:
+        """What `known` has for the value; None if the key is absent and has no default."""
         value = self.values.get(key, default)
+        if value is None and key not in self.values:
+            return None
         if not isinstance(value, str) or value not in known:
             self.refuse(key, " or ".join(map(repr, known)))
         return known[value]
@@ -277,18 +279,17 @@ def _check_groups(fields: Fields, widths: tuple[int, ...], groups: int) -> None:
 
 def _read_schedule(fields: Fields) -> ScheduleConfig:
     fields.only(SUPPORTED["scheduler"])
-    kind = fields.values.get("_class_name", "DDIMScheduler")
     return ScheduleConfig(
         betas=fields.choice("beta_schedule", BETAS, "linear"),
         beta_start=fields.number("beta_start", 1e-4),
         beta_end=fields.number("beta_end", 0.02),
         train_steps=fields.integer("num_train_timesteps", 1000),
         prediction=fields.choice("prediction_type", PREDICTIONS, "epsilon"),
-        spacing=fields.choice(
-            "timestep_spacing", SPACINGS, "leading" if kind in LEADING_BY_DEFAULT else "linspace"
-        ),
+        spacing=fields.choice("timestep_spacing", SPACINGS, None),
         offset=fields.integer("steps_offset", 1, least=0),  # 1: what diffusers' pipelines set
-        final_alpha_one=fields.flag("set_alpha_to_one", kind == "DDIMScheduler"),
+        final_alpha_one=fields.flag(
+            "set_alpha_to_one", fields.values.get("_class_name") == "DDIMScheduler"
+        ),
         zero_terminal_snr=fields.flag("rescale_betas_zero_snr", False),
     )
 
@@ -382,7 +383,7 @@ def write_config(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "rescale_betas_zero_snr": schedule.zero_terminal_snr,
             "set_alpha_to_one": schedule.final_alpha_one,
             "steps_offset": schedule.offset,
-            "timestep_spacing": schedule.spacing,
+            **({"timestep_spacing": schedule.spacing} if schedule.spacing else {}),
         },
     }
 

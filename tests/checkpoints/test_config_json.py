@@ -86,17 +86,12 @@ def test_the_pad_token_is_read_from_the_tokenizer_folder(tmp_path, files, pad_to
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "spacing", "final_alpha_one"),
-    [
-        ("PNDMScheduler", "leading", False),
-        ("DDIMScheduler", "leading", True),
-        ("EulerDiscreteScheduler", "linspace", False),
-    ],
+    ("scheduler", "final_alpha_one"),
+    [("PNDMScheduler", False), ("DDIMScheduler", True), ("EulerDiscreteScheduler", False)],
 )
-def test_a_scheduler_s_own_defaults_hold(tmp_path, scheduler, spacing, final_alpha_one):
+def test_a_scheduler_s_own_defaults_hold(tmp_path, scheduler, final_alpha_one):
     files = SD_2_PUBLISHED | {"scheduler/scheduler_config.json": {"_class_name": scheduler}}
     write_published(tmp_path, files)
     assert read_config(tmp_path).schedule == ScheduleConfig(
-        betas="linear", beta_start=1e-4, beta_end=0.02, spacing=spacing,
-        final_alpha_one=final_alpha_one,
-    )  # fmt: skip
+        betas="linear", beta_start=1e-4, beta_end=0.02, final_alpha_one=final_alpha_one
+    )
