@@ -126,7 +126,7 @@ def draw(sd, prompts: list[str], steps: int, batch: int, name: str) -> np.ndarra
     """A picture a prompt, uint8 (N, S, S, 3); picture i is that of seed SEED + i."""
     return np.concatenate(
         [
-            sd.generate(prompts[part], num_steps=steps, seed=SEED + part.start)
+            sd.generate(prompts[part], num_steps=steps, seed=SEED + part.start, progress=False)
             for part in batches(len(prompts), batch, name)
         ]
     )

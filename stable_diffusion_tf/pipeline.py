@@ -244,8 +244,9 @@ class StableDiffusion:
         self.last_seed = _seed(seed, count)
         noise = Noise(range(self.last_seed, self.last_seed + count), shape)
 
-        with tqdm(total=num_steps, unit="step", disable=not progress) as bar:
-            bar.set_description("Loading the model")
+        with tqdm(
+            desc="Loading the model", total=num_steps, unit="step", disable=not progress
+        ) as bar:
             for network in ("text_encoder", "diffusion_model", "image_decoder"):
                 getattr(self, network)  # a damaged file must not be found after the work
             bar.set_description("Reading the text")

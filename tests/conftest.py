@@ -11,4 +11,11 @@ def tiny_weights():
 
 @pytest.fixture
 def tiny_folder(tmp_path, tiny_weights):
+    """A folder of one's own, to change."""
     return write_folder(tmp_path / "tiny", TINY, tiny_weights)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_weights):
+    """The same folder, one for the whole run: to open only."""
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_weights)

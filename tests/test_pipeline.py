@@ -6,33 +6,28 @@ import numpy as np
 import pytest
 import synth
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 from tiny import FILES, TINY, write_folder
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
+from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.samplers import SAMPLERS
 
 PROMPT = "a red apple"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_weights):
-    return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_weights)
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["eager", "jit"])
-def sd(request, folder):
+def sd(request, tiny_model):
     """Of the goldens' size; checks in both modes, where compiled code runs."""
     return StableDiffusion.from_pretrained(
-        folder, img_height=32, img_width=48, jit_compile=request.param
+        tiny_model, img_height=32, img_width=48, jit_compile=request.param
     )
 
 
 @pytest.fixture(scope="module")
-def small(folder):
+def small(tiny_model):
     """Of odd latents, for what does not depend on how it is compiled."""
-    return StableDiffusion.from_pretrained(folder, img_height=14, img_width=10)
+    return StableDiffusion.from_pretrained(tiny_model, img_height=14, img_width=10)
 
 
 def latents(sd, *args, **settings):
@@ -83,7 +78,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(sd, settings):
     assert synth.relative_error(batch[0], batch[1]) > 0.1
 
 
-def test_nothing_but_another_shape_compiles_again(folder, monkeypatch):
+def test_nothing_but_another_shape_compiles_again(tiny_model, monkeypatch):
     traces = []
 
     def counted(*args):
@@ -92,7 +87,7 @@ def test_nothing_but_another_shape_compiles_again(folder, monkeypatch):
 
     original = pipeline.denoiser
     monkeypatch.setattr(pipeline, "denoiser", counted)
-    sd = StableDiffusion.from_pretrained(folder)
+    sd = StableDiffusion.from_pretrained(tiny_model)
     for prompt, steps, guidance in (("a", 3, 2.0), ("b", 2, 7.5)):
         latents(sd, prompt, num_steps=steps, unconditional_guidance_scale=guidance)
     assert len(traces) == 1
@@ -150,8 +145,8 @@ def test_each_distinct_prompt_is_read_once(small, monkeypatch):
     assert small.encode_text("a").shape == (1, 77, 32)
 
 
-def test_defaults_are_the_models_own(folder, small):
-    sd = StableDiffusion.from_pretrained(folder)
+def test_defaults_are_the_models_own(tiny_model, small):
+    sd = StableDiffusion.from_pretrained(tiny_model)
     assert (sd.img_height, sd.img_width) == (TINY.image_size, TINY.image_size)
     settings = {"num_steps": 2, "seed": 0}
     found = latents(small, PROMPT, **settings)
@@ -211,16 +206,16 @@ def test_images_are_arrays_or_pictures(small):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16"])
-def test_half_precision_networks_are_stepped_through_in_float32(folder, small, dtype):
-    half = StableDiffusion.from_pretrained(folder, img_height=14, img_width=10, dtype=dtype)
+def test_half_precision_networks_are_stepped_through_in_float32(tiny_model, small, dtype):
+    half = StableDiffusion.from_pretrained(tiny_model, img_height=14, img_width=10, dtype=dtype)
     settings = {"num_steps": 3, "seed": 0}
     found = latents(half, PROMPT, **settings)
     assert found.dtype == half.encode_text(PROMPT).dtype == np.float32
     assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
 
 
-def test_changed_weights_count(folder):
-    sd = StableDiffusion.from_pretrained(folder)
+def test_changed_weights_count(tiny_model):
+    sd = StableDiffusion.from_pretrained(tiny_model)
     settings = {"num_steps": 1, "seed": 0}
     before = latents(sd, PROMPT, **settings)
     bias = sd.diffusion_model.get_layer("conv_out").bias
@@ -281,8 +276,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "settings", "error", "message"), WRONG)
-def test_wrong_input_is_refused_before_any_work(folder, args, settings, error, message):
-    sd = StableDiffusion.from_pretrained(folder, img_height=14, img_width=10)
+def test_wrong_input_is_refused_before_any_work(tiny_model, args, settings, error, message):
+    sd = StableDiffusion.from_pretrained(tiny_model, img_height=14, img_width=10)
     sd._load = None  # raises TypeError when it is called
     with pytest.raises(error, match=message):
         sd.generate(*args, **settings)
@@ -298,9 +293,9 @@ def test_wrong_input_is_refused_before_any_work(folder, args, settings, error, m
         ({"dtype": "float8"}, ValueError, "unknown dtype 'float8'; known: float32, float16"),
     ],
 )
-def test_a_model_is_opened_with_what_fits_it(folder, settings, error, message):
+def test_a_model_is_opened_with_what_fits_it(tiny_model, settings, error, message):
     with pytest.raises(error, match=message):
-        StableDiffusion.from_pretrained(folder, **settings)
+        StableDiffusion.from_pretrained(tiny_model, **settings)
 
 
 def test_unknown_weights_are_refused_with_the_known():
@@ -308,12 +303,11 @@ def test_unknown_weights_are_refused_with_the_known():
         StableDiffusion.from_pretrained("emojis")
 
 
-def test_a_tensor_that_is_missing_is_found_before_the_work(tmp_path, tiny_weights, capsys):
-    folder = write_folder(tmp_path / "tiny", TINY, tiny_weights)
-    tensors = load_file(folder / FILES["vae"])
+def test_a_tensor_that_is_missing_is_found_before_the_work(tiny_folder, tiny_weights, capsys):
+    tensors = dict(tiny_weights["vae"])
     del tensors["decoder.conv_in.bias"]
-    save_file(tensors, folder / FILES["vae"])
-    sd = StableDiffusion.from_pretrained(folder)
+    save_safetensors(tensors, tiny_folder / FILES["vae"])
+    sd = StableDiffusion.from_pretrained(tiny_folder)
     with pytest.raises(CheckpointError, match=r"1 tensor missing: decoder\.conv_in\.bias"):
         sd.generate(PROMPT)
     assert "Denoising" not in capsys.readouterr().err

@@ -1,0 +1,3 @@
+from stable_diffusion_tf.cli import main
+
+main(prog_name="sdtf")

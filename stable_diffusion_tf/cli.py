@@ -1,0 +1,220 @@
+"""The command line: arguments in, PNG files out. What is slow to import waits for its use."""
+
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stable_diffusion_tf.samplers import SAMPLERS
+
+STEM = 60  # characters of a prompt in a file's name
+SAMPLERS_HELP = "\b\nSamplers:\n" + "\n".join(
+    f"  {name:16} {sampler.description}" for name, sampler in SAMPLERS.items()
+)
+
+
+class Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
+        """ "64" or "64x96" -> (width, height)."""
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if not match:
+            self.fail(f"{value!r} is neither a side (512) nor WIDTHxHEIGHT (512x768)", param)
+        return int(match[1]), int(match[2] or match[1])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="stable-diffusion-tf")
+def main() -> None:
+    """Stable Diffusion in Keras: pictures from text.
+
+    \b
+    Try:  sdtf generate "a red apple, noto style"
+    """
+
+
+@main.command(no_args_is_help=True, epilog=SAMPLERS_HELP)
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
+@click.option("--steps", default=25, show_default=True, help="Denoising steps; more is slower.")
+@click.option(
+    "--guidance",
+    type=float,
+    help="How closely to follow the prompt; 1 or less is twice as fast. [default: the model's own]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    help="Number of the first picture; the next ones count on. [default: a random one]",
+)
+@click.option(
+    "--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures of each prompt."
+)
+@click.option(
+    "--size",
+    type=Size(),
+    metavar="N|WxH",
+    help="Pixels, a side or WIDTHxHEIGHT. [default: the model's own]",
+)
+@click.option(
+    "--sampler",
+    default="ddim",
+    show_default=True,
+    metavar="NAME",
+    type=click.Choice(list(SAMPLERS)),
+    help="How to step from noise to picture; see below.",
+)
+@click.option("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
+@click.option(
+    "--rescale",
+    default=0.0,
+    show_default=True,
+    help="0 to 1: against the washed-out colours of strong guidance.",
+)
+@click.option(
+    "--weights", default="emoji", show_default=True, help="A preset, or a model's folder."
+)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Of the networks: float32, float16, bfloat16, mixed_float16 or mixed_bfloat16.",
+)
+@click.option("--jit", is_flag=True, help="Compile with XLA: slower to start, then faster.")
+@click.option(
+    "--output",
+    default="outputs",
+    show_default=True,
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
+)
+@click.option("--quiet", is_flag=True, help="No progress bars; only the pictures' paths.")
+def generate(
+    prompts: tuple[str, ...],
+    negative: str | None,
+    steps: int,
+    guidance: float | None,
+    seed: int | None,
+    batch: int,
+    size: tuple[int, int] | None,
+    sampler: str,
+    eta: float,
+    rescale: float,
+    weights: str,
+    dtype: str,
+    jit: bool,
+    output: Path,
+    quiet: bool,
+) -> None:
+    """Draw a picture of each PROMPT.
+
+    Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
+    The seed and all other settings are stored in the PNG. The same seed and settings draw the same
+    picture again.
+
+    \b
+    Examples:
+      sdtf generate "a red apple, noto style"
+      sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7
+      sdtf generate "a house" --negative "tree" --steps 50 --guidance 5
+      sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
+    """
+    with errors_in_one_line():
+        check_folder(output)
+        with quiet_import():
+            from stable_diffusion_tf.images import free_path, png_text, save_png
+            from stable_diffusion_tf.pipeline import StableDiffusion
+
+        width, height = size or (None, None)
+        sd = StableDiffusion.from_pretrained(
+            weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
+        )
+        sd.tokenizer.tokenize(prompts)  # all of them are checked before the first is drawn
+        seed = secrets.randbits(32) if seed is None else seed
+        settings = {
+            "negative_prompt": negative,
+            "steps": steps,
+            "sampler": sampler,
+            "guidance": sd.config.guidance if guidance is None else guidance,
+            "size": f"{sd.img_width}x{sd.img_height}",
+            "eta": eta,
+            "rescale": rescale,
+            "dtype": dtype,
+            "model": sd.config.name,
+        }
+        for prompt in prompts:
+            pictures = sd.generate(
+                prompt,
+                negative,
+                batch,
+                steps,
+                guidance,
+                seed=seed,
+                sampler=sampler,
+                eta=eta,
+                guidance_rescale=rescale,
+                progress=not quiet,
+            )
+            for picture in pictures:
+                text = png_text({"prompt": prompt, "seed": seed, **settings})
+                click.echo(save_png(picture, free_path(output, slug(prompt)), text))
+                if not quiet:
+                    click.echo(f"seed {seed}", err=True)
+                seed += 1
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a file's name: its words, lower case, joined by hyphens."""
+    words = re.findall(r"\w+", prompt.lower())
+    return "-".join(words)[:STEM].rstrip("-") or "picture"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError where pictures could not be written; the folder may still be to be made."""
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; name another output folder.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing} cannot be written to; name another output folder.")
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keeps what TensorFlow says while it is imported off the screen, unless the import fails.
+
+    Its first lines do not obey TF_CPP_MIN_LOG_LEVEL and are written by C++, past `sys.stderr`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(screen, said.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Reports what is wrong with the input, and Ctrl-C, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError) as error:
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)

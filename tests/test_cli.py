@@ -1,0 +1,187 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from stable_diffusion_tf import StableDiffusion
+from stable_diffusion_tf.cli import main, quiet_import, slug
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def sdtf(tmp_path, tiny_model, monkeypatch):
+    """Runs `sdtf generate` in an empty folder, with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return CliRunner().invoke(main, ["generate", "--weights", str(tiny_model), *arguments])
+
+    return run
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_one_png_a_picture_and_its_path_printed(sdtf, tmp_path):
+    result = sdtf("a cat", "A dog!", "--batch", "2", "--steps", "2", "--seed", "7")
+    assert result.exit_code == 0, result.output
+    paths = ["a-cat.png", "a-cat-1.png", "a-dog.png", "a-dog-1.png"]
+    assert result.stdout.split() == [f"outputs/{path}" for path in paths]
+    for seed, path in enumerate(paths, start=7):
+        assert f"seed {seed}\n" in result.stderr
+        assert pixels(tmp_path / "outputs" / path).shape == (32, 32, 3)
+    assert sorted(os.listdir(tmp_path / "outputs")) == sorted(paths)
+
+
+def test_pictures_are_those_of_generate(sdtf, tiny_model):
+    sdtf("a cat", "a dog", "--steps", "2", "--seed", "7", "--negative", "blue", "--quiet")
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    cat, dog = sd.generate(["a cat", "a dog"], "blue", num_steps=2, seed=7, progress=False)
+    for found, expected in (("a-cat", cat), ("a-dog", dog)):
+        difference = pixels(f"outputs/{found}.png").astype(int) - expected
+        assert abs(difference).max() <= 1  # rounded, alone and in a batch
+
+
+def test_the_png_says_how_to_draw_it_again(sdtf):
+    first = sdtf("a cat", "--steps", "3", "--size", "20x14", "--sampler", "euler_ancestral")
+    with Image.open("outputs/a-cat.png") as image:
+        settings = json.loads(image.text["stable_diffusion_tf"])
+    assert f"seed {settings['seed']}\n" in first.stderr
+    assert settings == {
+        "prompt": "a cat",
+        "seed": settings["seed"],
+        "negative_prompt": None,
+        "steps": 3,
+        "sampler": "euler_ancestral",
+        "guidance": 3.0,
+        "size": "20x14",
+        "eta": 0.0,
+        "rescale": 0.0,
+        "dtype": "float32",
+        "model": "tiny",
+    }
+    options = ("steps", "size", "sampler", "guidance", "seed")
+    sdtf("a cat", *(f"--{name}={settings[name]}" for name in options))
+    np.testing.assert_array_equal(pixels("outputs/a-cat.png"), pixels("outputs/a-cat-1.png"))
+
+
+def test_quiet_leaves_the_paths_only(sdtf):
+    result = sdtf("a cat", "--steps", "1", "--quiet", "--output", "here/and/there")
+    assert result.stdout == "here/and/there/a-cat.png\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--guidance", "nan"], "unconditional_guidance_scale must be finite, not nan"),
+        (["a", "--steps", "500"], "num_steps must be a whole number from 1 to 499"),
+        (["a", "--size", "33"], "must be a multiple of 2"),
+        (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
+        (["a", "--rescale", "2"], "guidance_rescale must be from 0 to 1"),
+        (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["a", "cat " * 76], "the prompt has 76 tokens and only 75 fit"),
+        (["a", "--negative", "cat " * 76], "the prompt has 76 tokens and only 75 fit"),
+        (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset and no folder"),
+        (["a", "--weights", "."], "is not a whole model in the diffusers layout"),
+        (["a", "--output", "file/folder"], "file is a file; name another output folder"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    result = sdtf(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = (line for line in result.stderr.splitlines() if line)
+    assert line.startswith("Error: ")
+    assert message in line
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Usage: "),
+        (["a", "--sampler", "plms"], "'plms' is not one of 'ddim', 'ddpm'"),
+        (["a", "--size", "3.5"], "'3.5' is neither a side (512) nor WIDTHxHEIGHT (512x768)"),
+        (["a", "--batch", "0"], "--batch"),
+        (["a", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_wrong_usage_is_explained(sdtf, arguments, message):
+    result = sdtf(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stem"),
+    [
+        ("A red apple, noto style", "a-red-apple-noto-style"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("東京 🚀 café", "東京-café"),
+        ("", "picture"),
+        ("?!", "picture"),
+        ("a" * 59 + " b" * 20, "a" * 59),
+    ],
+)
+def test_a_prompt_makes_a_file_name(prompt, stem):
+    assert slug(prompt) == stem
+
+
+def test_help_teaches_and_waits_for_no_backend():
+    code = (
+        "import sys\n"
+        "from stable_diffusion_tf.cli import main\n"
+        "main(['generate', '--help'], standalone_mode=False)\n"
+        "sys.exit('keras' in sys.modules or 'tensorflow' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for taught in ("Examples:", "sdtf generate", "--negative", "euler_ancestral", "Samplers:"):
+        assert taught in result.stdout
+
+
+def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
+    with quiet_import():
+        os.write(2, b"noise")
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ImportError), quiet_import():
+        os.write(2, b"the cause")
+        raise ImportError
+    assert capfd.readouterr().err == "the cause"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_process_starts_silently_and_ends_cleanly_on_ctrl_c(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # a backend here may have set it
+    sdtf = [sys.executable, "-m", "stable_diffusion_tf", "generate", "a cat", "--steps", "499"]
+    with subprocess.Popen(
+        [*sdtf, "--weights", tiny_model, "--output", tmp_path],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        said = b""
+        while process.poll() is None and not re.search(rb"[1-9]\d*/499", said):
+            said += process.stderr.read1()
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=60)
+    said = (said + rest).decode()
+    assert process.returncode == 130, said
+    assert said.startswith("\rLoading the model")  # nothing of the backend's before it
+    assert said.endswith("Interrupted.\n")
+    assert "Traceback" not in said
+    assert out == b""
+    assert os.listdir(tmp_path) == []
