@@ -1,1 +1,27 @@
-"""Stable Diffusion as Keras 3 models."""
+"""Stable Diffusion as Keras 3 models.
+
+The public names are loaded at first use: `import stable_diffusion_tf` imports no backend.
+"""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # Keras reads it once, when it is imported
+
+if TYPE_CHECKING:
+    from stable_diffusion_tf.checkpoints.readers import CheckpointError as CheckpointError
+    from stable_diffusion_tf.pipeline import StableDiffusion as StableDiffusion
+
+_MODULES = {"CheckpointError": "checkpoints.readers", "StableDiffusion": "pipeline"}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

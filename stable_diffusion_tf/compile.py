@@ -6,14 +6,15 @@ Everything else is written in `keras.ops` and `keras.layers`.
 import keras
 
 
-def compiled(function, jit=False):
+def compiled(function, variables=(), jit=False):
     """Returns `function` of tensors compiled once per input shape.
 
     Args:
-        function: pure in its tensor arguments; may read Keras variables.
+        function: pure in its arguments: tensors, nested tuples of them, or None.
+        variables: the Keras variables that it reads, whose current values every call sees.
         jit: compile through XLA. On the JAX backend everything is, whatever this says.
     """
-    return _BACKENDS[keras.backend.backend()].compiled(function, jit)
+    return _BACKENDS[keras.backend.backend()].compiled(function, variables, jit)
 
 
 def training_step(loss, variables, optimizer, jit=False):
@@ -30,10 +31,10 @@ def training_step(loss, variables, optimizer, jit=False):
 
 class _TensorFlow:
     @staticmethod
-    def compiled(function, jit):
+    def compiled(function, variables, jit):
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=jit or None)
+        return tf.function(function, jit_compile=jit or None, autograph=False)
 
     @staticmethod
     def training_step(loss, variables, optimizer, jit):
@@ -52,10 +53,15 @@ class _TensorFlow:
 
 class _Jax:
     @staticmethod
-    def compiled(function, jit):
+    def compiled(function, variables, jit):
         import jax
 
-        return jax.jit(function)
+        @jax.jit
+        def run(values, args):  # a variable that is no argument would be a constant
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function(*args)
+
+        return lambda *args: run([v.value for v in variables], args)
 
     @staticmethod
     def training_step(loss, variables, optimizer, jit):

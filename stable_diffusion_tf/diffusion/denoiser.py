@@ -41,7 +41,7 @@ def denoiser(
     context,
     negative_context=None,
     guidance=1.0,
-    rescale: float = 0.0,
+    rescale=None,
 ) -> Callable:
     """Returns `denoise(x, step) -> x0`, which samplers call: a pure function, fit to compile.
 

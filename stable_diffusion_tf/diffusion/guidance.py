@@ -11,7 +11,7 @@ def guided(
     context,
     negative_context=None,
     guidance=1.0,
-    rescale: float = 0.0,
+    rescale=None,
 ) -> Callable:
     """Returns `predict(latents, timesteps)`, the network's prediction drawn towards its context.
 
@@ -27,7 +27,8 @@ def guided(
         guidance: a number, of which 1 or less runs the network without guidance; or a scalar
             tensor, whose value a compiled function cannot look at: it always guides.
         rescale: in [0, 1], how far the guided prediction gets back the positive one's standard
-            deviation, image by image (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+            deviation, image by image (Lin et al. 2023, arXiv:2305.08891, section 3.4): a number or
+            a scalar tensor. None, like 0, changes nothing.
     """
     if negative_context is None or (isinstance(guidance, Real) and guidance <= 1):
         return lambda latents, timesteps: network(latents, timesteps, context)
@@ -39,7 +40,7 @@ def guided(
         )
         negative, positive = ops.split(both, 2)
         mixed = negative + guidance * (positive - negative)
-        if rescale:
+        if rescale is not None:
             ratio = _deviation(positive) / _deviation(mixed)
             mixed = mixed * (rescale * ratio + (1 - rescale))
         return mixed

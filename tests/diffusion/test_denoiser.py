@@ -97,10 +97,12 @@ def guided_by_hand(prediction, guidance, rescale):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rescale", [None, 0.0, 0.7, 1.0])
 def test_guidance_mixes_and_rescales_the_raw_predictions(prediction, rescale):
     x0 = denoiser(Network(), prediction, CONTEXT, NEGATIVE, 7.5, rescale)(X, STEP)
-    np.testing.assert_allclose(x0, guided_by_hand(prediction, 7.5, rescale), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        x0, guided_by_hand(prediction, 7.5, rescale or 0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_half_precision_predictions_are_mixed_in_the_type_of_x():

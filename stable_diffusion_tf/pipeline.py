@@ -1,0 +1,487 @@
+"""Text in, pictures out: tokenizer, networks, schedule and sampler put together."""
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from keras import ops
+from tqdm import tqdm
+
+from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
+from stable_diffusion_tf.checkpoints.load import build_part, load_part
+from stable_diffusion_tf.compile import compiled
+from stable_diffusion_tf.config import SD_1, ModelConfig
+from stable_diffusion_tf.diffusion.denoiser import denoiser
+from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
+from stable_diffusion_tf.images import (
+    ImageSource,
+    load_image,
+    signed_to_unit,
+    unit_to_signed,
+    unit_to_uint8,
+)
+from stable_diffusion_tf.samplers import Noise, get_sampler
+from stable_diffusion_tf.tokenizer import Tokenizer
+
+DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+OUTPUTS = ("image", "float", "latents")
+SEEDS = 2**64
+
+log = logging.getLogger(__name__)
+
+
+class StableDiffusion:
+    """A text-to-image latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
+
+        sd = StableDiffusion.from_pretrained("emoji")
+        images = sd.generate("a red apple, noto style", batch_size=4, seed=7)
+
+    The networks are Keras models, built and filled when first used: `text_encoder`,
+    `diffusion_model` (the UNet), `image_encoder` and `image_decoder`. The UNet sees a whole batch
+    at once; the others run an image or a text at a time, so that they are compiled once and take
+    no more memory for many.
+
+    Attributes:
+        config: the `ModelConfig`.
+        img_height, img_width: size of the pictures that `generate` makes, in pixels.
+        tokenizer: `encode(text)` gives ids without start, end and padding.
+        last_seed: the seed of the last `generate`, given or drawn; None before the first.
+    """
+
+    def __init__(
+        self,
+        img_height: int = 512,
+        img_width: int = 512,
+        max_text_len: int = 77,
+        jit_compile: bool = False,
+        download_weights: bool = True,
+    ):
+        """Makes Stable Diffusion 1.4, with the earlier Keras port's parameters.
+
+        Args:
+            img_height, img_width: multiples of 8.
+            max_text_len: 77, the only length that the published text encoder has.
+            jit_compile: compile through XLA: slower to start, then faster.
+            download_weights: the published weights; False: random ones.
+
+        Raises:
+            TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77.
+        """
+        if max_text_len != SD_1.text_encoder.max_length:
+            raise ValueError(
+                f"max_text_len must be {SD_1.text_encoder.max_length}, not {max_text_len!r}: the "
+                "text encoder has that many positions"
+            )
+        load = _refuse_download if download_weights else partial(build_part, SD_1)
+        self._setup(SD_1, load, img_height, img_width, jit_compile)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Source,
+        *,
+        img_height: int | None = None,
+        img_width: int | None = None,
+        dtype: str = "float32",
+        jit_compile: bool = False,
+    ) -> "StableDiffusion":
+        """Opens a model: its files are checked now, its weights are read at first use.
+
+        Args:
+            source: a preset, such as "emoji", or a folder in the diffusers layout.
+            img_height, img_width: multiples of the autoencoder's factor (8 for Stable Diffusion);
+                None: the model's own.
+            dtype: of the networks: "float32", "float16", "bfloat16", "mixed_float16" or
+                "mixed_bfloat16". The noise levels are stepped through in float32 whatever it is.
+            jit_compile: compile through XLA: slower to start, then faster.
+
+        Raises:
+            FileNotFoundError, CheckpointError: as of `open_checkpoint`; tensors that do not fit are
+                found when the network they belong to is first used.
+            TypeError, ValueError: a size does not fit the model, or `dtype` is unknown.
+        """
+        _check_choice("dtype", dtype, DTYPES)
+        checkpoint = open_checkpoint(source)
+        sd = cls.__new__(cls)
+        sd._setup(
+            checkpoint.config,
+            lambda part: load_part(checkpoint, part, dtype),
+            checkpoint.config.image_size if img_height is None else img_height,
+            checkpoint.config.image_size if img_width is None else img_width,
+            jit_compile,
+        )
+        return sd
+
+    def _setup(
+        self,
+        config: ModelConfig,
+        load: Callable[[str], keras.Model],
+        img_height: int,
+        img_width: int,
+        jit_compile: bool,
+    ) -> None:
+        for name, size in (("img_height", img_height), ("img_width", img_width)):
+            _check_size(name, size, config.autoencoder.factor)
+        self.config = config
+        self.img_height = int(img_height)
+        self.img_width = int(img_width)
+        self.jit_compile = jit_compile
+        self.tokenizer = Tokenizer()
+        self.last_seed: int | None = None
+        self._load = load
+
+    @cached_property
+    def text_encoder(self) -> keras.Model:
+        """token_ids (B, 77) int -> (B, 77, width)."""
+        return self._load("text_encoder")
+
+    @cached_property
+    def diffusion_model(self) -> keras.Model:
+        """[latents (B, h, w, 4), timesteps (B,), context (B, 77, width)] -> (B, h, w, 4)."""
+        return self._load("unet")
+
+    @cached_property
+    def image_encoder(self) -> keras.Model:
+        """images (B, H, W, 3) in [-1, 1] -> (B, h, w, 8): mean and log-variance, unscaled."""
+        return self._load("encoder")
+
+    @cached_property
+    def image_decoder(self) -> keras.Model:
+        """scaled latents (B, h, w, 4) -> images (B, H, W, 3) in [-1, 1]."""
+        return self._load("decoder")
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None = None,
+        batch_size: int = 1,
+        num_steps: int = 25,
+        unconditional_guidance_scale: float | None = None,
+        temperature: float = 1,
+        seed: int | None = None,
+        input_image: Any = None,
+        input_mask: Any = None,
+        input_image_strength: float = 0.5,
+        *,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        context: Any = None,
+        negative_context: Any = None,
+        diffusion_noise: Any = None,
+        output: Literal["image", "float", "latents"] = "image",
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Draws pictures: of one prompt `batch_size` times, or one of each prompt of a list.
+
+        Image i uses the seed `seed + i` and is the same picture alone or in any batch. All
+        arguments are checked before any work.
+
+        Args:
+            prompt: what to draw, at most 75 tokens; or a list of n; None only with `context`.
+            negative_prompt: what to be drawn away from, one or a list as long as the batch; without
+                guidance it has no part.
+            batch_size: number of pictures of one prompt; 1 or n with a list of n.
+            num_steps: how often the latents are denoised, exactly: 1 to 499 with "leading"
+                spacing, 1 to 1000 with the others.
+            unconditional_guidance_scale: how strongly the prompt counts (Ho and Salimans 2022,
+                arXiv:2207.12598); 1 or less: no guidance, half the work. None: the model's own.
+            temperature: scales the noise that a stochastic sampler adds.
+            seed: from 0 to 2**64 - 1; None: one is drawn, logged and kept in `last_seed`.
+            input_image, input_mask, input_image_strength: of image-to-image and inpainting, which
+                this version does not have yet.
+            sampler: a name in `stable_diffusion_tf.samplers.SAMPLERS`.
+            eta: 0 (deterministic) to 1 (ancestral), for "ddim".
+            guidance_rescale: 0 to 1, against the over-exposure of strong guidance (Lin et al. 2023,
+                arXiv:2305.08891, section 3.4).
+            context: instead of a prompt, the text encoder's states: (77, width), or (n, 77, width).
+            negative_context: the same instead of a negative prompt.
+            diffusion_noise: unit normal start noise (B, h, w, 4), instead of the seed's.
+            output: "image": uint8 (B, H, W, 3); "float": the same in [0, 1] float32; "latents":
+                scaled float32 (B, h, w, 4).
+            progress: show a progress bar.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; the message names it.
+            NotImplementedError: an input image or mask is given, or the model needs one.
+            FileNotFoundError, CheckpointError: the model's files do not fit.
+        """
+        for name, value in (("input_image", input_image), ("input_mask", input_mask)):
+            if value is not None:
+                raise NotImplementedError(f"{name}: this version draws from text only")
+        if self.config.unet.in_channels != self.config.unet.out_channels:
+            raise NotImplementedError(
+                f"{self.config.name} is an inpainting model, which this version cannot draw with; "
+                "take one for text to image"
+            )
+        method = get_sampler(sampler)
+        options = method.options(_number("eta", eta), _number("temperature", temperature))
+        levels = steps(self.config.schedule, num_steps, **method.grid)
+        guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
+        _check_choice("output", output, OUTPUTS)
+        positive = self._conditions("prompt", prompt, "context", context)
+        count = _count(len(positive), batch_size)
+        if negative_prompt is None and negative_context is None:
+            negative_prompt = ""
+        negative = self._conditions(
+            "negative_prompt", negative_prompt, "negative_context", negative_context
+        )
+        if len(negative) not in (1, count):
+            raise ValueError(
+                f"{len(negative)} negative prompts or contexts for {count} pictures; give one, or "
+                "one a picture"
+            )
+        shape = self._latents_shape
+        start = None
+        if diffusion_noise is not None:
+            start = _array("diffusion_noise", diffusion_noise, (count, *shape))
+        self.last_seed = _seed(seed, count)
+        noise = Noise(range(self.last_seed, self.last_seed + count), shape)
+
+        with tqdm(total=num_steps, unit="step", disable=not progress) as bar:
+            bar.set_description("Loading the model")
+            for network in ("text_encoder", "diffusion_model", "image_decoder"):
+                getattr(self, network)  # a damaged file must not be found after the work
+            bar.set_description("Reading the text")
+            contexts = self._states(positive, count)
+            negatives = None if guidance is None else self._states(negative, count)
+
+            def denoise(x, step):
+                step = Step(*map(_tensor, step))
+                return self._denoise(x, step, contexts, negatives, guidance, rescale)
+
+            bar.set_description("Denoising")
+            scale = start_scale(self.config.schedule, levels[0], **method.grid)
+            start = _tensor(scale * (noise.start() if start is None else start))
+            for x, _ in method.sample(denoise, start, levels, noise, **options):  # noqa: B007
+                bar.update()
+            latents = ops.convert_to_numpy(x)
+            if output == "latents":
+                return latents
+            bar.set_description("Decoding")
+            pictures = self._pictures(latents)
+        return pictures if output == "float" else unit_to_uint8(pictures)
+
+    def encode_text(self, prompts: str | Sequence[str]) -> np.ndarray:
+        """Returns the text encoder's states of prompts: (B, 77, width) float32.
+
+        Raises:
+            TypeError, ValueError: there are none, one is not text, or has over 75 tokens.
+        """
+        prompts = _texts("prompts", prompts)
+        ids = dict(zip(prompts, self._tokenize(prompts), strict=True))  # of each distinct prompt
+        states = dict(zip(ids, _one_by_one(self._read, list(ids.values())), strict=True))
+        return np.stack([states[prompt] for prompt in prompts])
+
+    def encode_image(self, images: np.ndarray | Sequence[ImageSource]) -> np.ndarray:
+        """Returns pictures' scaled latents, the posterior's mean: (B, h, w, 4) float32.
+
+        Args:
+            images: (B, H, W, 3), uint8 or float in [0, 1]; or a list of what `images.load_image`
+                takes. All of one size, whose sides are multiples of the autoencoder's factor.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: they are not.
+        """
+        if not isinstance(images, list | tuple):
+            images = np.asarray(images)
+            if images.ndim != 4:
+                raise ValueError(
+                    f"images must be (B, H, W, 3) or a list of pictures, not {images.shape}"
+                )
+        pictures = [load_image(image) for image in images]
+        sizes = {picture.shape[:2] for picture in pictures}
+        if len(sizes) != 1:
+            raise ValueError(f"images must be one or more, all of one size, not {sorted(sizes)}")
+        for name, size in zip(("height", "width"), sizes.pop(), strict=True):
+            _check_size(f"the images' {name}", size, self.config.autoencoder.factor)
+        moments = _one_by_one(self._encoder, [unit_to_signed(picture) for picture in pictures])
+        mean, _ = np.split(moments, 2, axis=-1)
+        return mean * np.float32(self.config.autoencoder.scale)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Returns the pictures of scaled latents (B, h, w, 4): uint8 (B, H, W, 3).
+
+        Raises:
+            TypeError, ValueError: the latents are of another shape or not finite.
+        """
+        channels = self.config.autoencoder.latent_channels
+        return unit_to_uint8(self._pictures(_array("latents", latents, ("B", "h", "w", channels))))
+
+    def _pictures(self, latents: np.ndarray) -> np.ndarray:
+        return signed_to_unit(_one_by_one(self._decoder, latents))
+
+    @property
+    def _latents_shape(self) -> tuple[int, int, int]:
+        factor = self.config.autoencoder.factor
+        channels = self.config.autoencoder.latent_channels
+        return self.img_height // factor, self.img_width // factor, channels
+
+    def _tokenize(self, prompts: list[str]) -> np.ndarray:
+        text = self.config.text_encoder
+        return self.tokenizer.tokenize(prompts, text.max_length, text.pad_token)
+
+    def _conditions(
+        self, prompt_name: str, prompt: Any, context_name: str, context: Any
+    ) -> list[str] | np.ndarray:
+        """Checks what is to be drawn: prompts, or the states (n, 77, width) of some."""
+        if (prompt is None) == (context is None):
+            raise ValueError(f"give {prompt_name} or {context_name}, one of them and not both")
+        if context is None:
+            prompts = _texts(prompt_name, prompt)
+            self._tokenize(prompts)  # refuses prompts that are too long
+            return prompts
+        states = (self.config.text_encoder.max_length, self.config.unet.context_width)
+        return _array(context_name, context, states, ("n", *states)).reshape(-1, *states)
+
+    def _states(self, conditions: list[str] | np.ndarray, count: int) -> Any:
+        """Conditions, one or `count` -> tensor (count, 77, width)."""
+        if isinstance(conditions, list):
+            conditions = self.encode_text(conditions)
+        return _tensor(np.repeat(conditions, count // len(conditions), axis=0))
+
+    def _guidance(self, scale: Any, rescale: Any) -> tuple[Any, Any]:
+        """Checks guidance's numbers; as tensors, so that none of them is compiled in, or None."""
+        if scale is None:
+            scale = self.config.guidance
+        scale = _number("unconditional_guidance_scale", scale)
+        rescale = _number("guidance_rescale", rescale)
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale must be from 0 to 1, not {rescale!r}")
+        if scale <= 1:
+            return None, None
+        return _tensor(scale), _tensor(rescale) if rescale else None
+
+    @cached_property
+    def _denoise(self) -> Callable:
+        unet, prediction = self.diffusion_model, self.config.schedule.prediction
+
+        def denoise(x, step, context, negative_context, guidance, rescale):
+            def network(*inputs):
+                return unet(list(inputs))
+
+            return denoiser(network, prediction, context, negative_context, guidance, rescale)(
+                x, step
+            )
+
+        return compiled(denoise, unet.variables, self.jit_compile)
+
+    @cached_property
+    def _read(self) -> Callable:
+        return self._compiled(self.text_encoder)
+
+    @cached_property
+    def _encoder(self) -> Callable:
+        return self._compiled(self.image_encoder)
+
+    @cached_property
+    def _decoder(self) -> Callable:
+        return self._compiled(self.image_decoder)
+
+    def _compiled(self, model: keras.Model) -> Callable:
+        def call(inputs):
+            return ops.cast(model(inputs), "float32")
+
+        return compiled(call, model.variables, self.jit_compile)
+
+
+def _one_by_one(function: Callable, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """A batch through a function of batches of one: compiled once, and no more memory for many."""
+    return np.concatenate([ops.convert_to_numpy(function(one[None])) for one in inputs])
+
+
+def _tensor(value: Any) -> Any:
+    return ops.convert_to_tensor(value, "float32")
+
+
+def _refuse_download(part: str) -> keras.Model:
+    raise NotImplementedError(
+        "this version cannot fetch the published weights; open a folder that has them with "
+        "StableDiffusion.from_pretrained(folder), or give download_weights=False for random ones"
+    )
+
+
+def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def _check_size(name: str, size: Any, factor: int) -> None:
+    if not isinstance(size, Integral) or isinstance(size, bool):
+        raise TypeError(f"{name} must be a whole number of pixels, not {size!r}")
+    if size < factor or size % factor:
+        below = max(size // factor, 1) * factor
+        raise ValueError(
+            f"{name} must be a multiple of {factor} for this model, not {size}; "
+            f"for example {below} or {below + factor}"
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value!r}")
+    return float(value)
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be text or a list of texts, not {given!r}")
+    if not texts:
+        raise ValueError(f"{name} is an empty list; give at least one text")
+    return list(texts)
+
+
+def _count(given: int, batch_size: Any) -> int:
+    """Number of pictures of `given` prompts."""
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
+    if given == 1:
+        return int(batch_size)
+    if batch_size not in (1, given):
+        raise ValueError(
+            f"batch_size {batch_size} does not fit {given} prompts or contexts, which give "
+            f"{given} pictures; leave it out, or repeat them in the list"
+        )
+    return given
+
+
+def _seed(seed: Any, count: int) -> int:
+    if seed is None:
+        seed = secrets.randbits(32)
+        log.info("seed %d", seed)
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= SEEDS - count:
+        raise ValueError(
+            f"seed must be a whole number from 0 to 2**64 - {count} (each of the {count} pictures "
+            f"has the next), not {seed!r}"
+        )
+    return int(seed)
+
+
+def _array(name: str, value: Any, *shapes: tuple[int | str, ...]) -> np.ndarray:
+    """Checks finite numbers of one of `shapes`, with letters where any size will do: -> float32."""
+    try:
+        array = np.asarray(value).astype(np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers, not {value!r}") from None
+    if not any(_fits(array.shape, shape) for shape in shapes):
+        known = " or ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
+        raise ValueError(f"{name} must have the shape {known}, not {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has NaN or infinite values")
+    return array
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        size > 0 if isinstance(want, str) else size == want
+        for size, want in zip(shape, wanted, strict=True)
+    )

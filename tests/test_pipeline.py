@@ -1,0 +1,377 @@
+import logging
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+import synth
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tiny import FILES, TINY, write_folder
+
+from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
+from stable_diffusion_tf.config import UNetConfig
+from stable_diffusion_tf.samplers import SAMPLERS
+
+PROMPT = "a red apple"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_weights):
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_weights)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["eager", "jit"])
+def sd(request, folder):
+    """Of the goldens' size; checks in both modes, where compiled code runs."""
+    return StableDiffusion.from_pretrained(
+        folder, img_height=32, img_width=48, jit_compile=request.param
+    )
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    """Of odd latents, for what does not depend on how it is compiled."""
+    return StableDiffusion.from_pretrained(folder, img_height=14, img_width=10)
+
+
+def latents(sd, *args, **settings):
+    return sd.generate(*args, **{"output": "latents", "progress": False, **settings})
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return synth.golden("tiny_pipeline")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("t2i_ddim10", {}),
+        ("t2i_ddim10_rescale0.7", {"guidance_rescale": 0.7}),
+        ("t2i_ddim10_noguidance", {"unconditional_guidance_scale": 1}),
+        ("t2i_ddim10_image01", {"output": "float"}),
+    ],
+)
+def test_pictures_are_the_references(sd, golden, name, settings):
+    states = np.asarray(sd.text_encoder(golden["ids"]))
+    result = latents(
+        sd,
+        None,
+        num_steps=10,
+        context=states[:2],
+        negative_context=states[2:],
+        diffusion_noise=synth.inputs("Atiny_pipeline/x_T", (2, 16, 24, 4)),
+        **{"unconditional_guidance_scale": float(golden["guidance"]), **settings},
+    )
+    assert result.dtype == np.float32
+    assert synth.relative_error(result, golden[name]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"unconditional_guidance_scale": 7.5, "eta": 1.0},
+        {"unconditional_guidance_scale": 1.0, "sampler": "euler_ancestral"},
+    ],
+)
+def test_an_image_is_the_same_alone_and_in_a_batch(sd, settings):
+    batch = latents(sd, PROMPT, "blue", batch_size=5, num_steps=5, seed=7, **settings)
+    for i in range(5):
+        (alone,) = latents(sd, PROMPT, "blue", num_steps=5, seed=7 + i, **settings)
+        assert synth.relative_error(alone, batch[i]) <= 1e-5
+    assert synth.relative_error(batch[0], batch[1]) > 0.1
+
+
+def test_nothing_but_another_shape_compiles_again(folder, monkeypatch):
+    traces = []
+
+    def counted(*args):
+        traces.append(args)
+        return original(*args)
+
+    original = pipeline.denoiser
+    monkeypatch.setattr(pipeline, "denoiser", counted)
+    sd = StableDiffusion.from_pretrained(folder)
+    for prompt, steps, guidance in (("a", 3, 2.0), ("b", 2, 7.5)):
+        latents(sd, prompt, num_steps=steps, unconditional_guidance_scale=guidance)
+    assert len(traces) == 1
+    latents(sd, ["a", "b"], num_steps=1)
+    assert len(traces) == 2
+
+
+def test_outputs_are_one_picture_in_three_forms(small):
+    settings = {"batch_size": 2, "num_steps": 2, "seed": 0}
+    found = {
+        output: small.generate(PROMPT, output=output, progress=False, **settings)
+        for output in ("image", "float", "latents")
+    }
+    assert found["image"].shape == found["float"].shape == (2, 14, 10, 3)
+    assert found["latents"].shape == (2, 7, 5, 4)
+    assert [found[output].dtype for output in found] == [np.uint8, np.float32, np.float32]
+    np.testing.assert_array_equal(found["image"], np.rint(found["float"] * 255))
+    np.testing.assert_array_equal(found["image"], small.decode(found["latents"]))
+
+
+def test_prompts_give_one_picture_each(small):
+    together = latents(small, ["a", "b", "a"], ["x", "y", "z"], num_steps=2, seed=5)
+    for i, (prompt, negative) in enumerate(zip("aba", "xyz", strict=True)):
+        (alone,) = latents(small, prompt, negative, num_steps=2, seed=5 + i)
+        assert synth.relative_error(alone, together[i]) <= 1e-5
+    again = latents(small, ("a", "b", "a"), ["x", "y", "z"], batch_size=3, num_steps=2, seed=5)
+    np.testing.assert_array_equal(again, together)
+
+
+def test_a_context_is_a_prompt_that_has_been_read(small):
+    settings = {"batch_size": 2, "num_steps": 2, "seed": 5}
+    read = latents(small, PROMPT, "blue", **settings)
+    (context, negative) = small.encode_text([PROMPT, "blue"])
+    for given in (context, context[None], np.stack([context] * 2)):
+        found = latents(small, None, "blue", context=given, **settings)
+        np.testing.assert_array_equal(found, read)
+    found = latents(small, PROMPT, negative_context=negative, **settings)
+    np.testing.assert_array_equal(found, read)
+    without = latents(small, PROMPT, **settings)
+    np.testing.assert_array_equal(without, latents(small, PROMPT, "", **settings))
+    assert synth.relative_error(without, read) > 1e-3
+
+
+def test_each_distinct_prompt_is_read_once(small, monkeypatch):
+    seen = []
+
+    def read(ids):
+        seen.append(ids)
+        return np.zeros((1, 77, 32), np.float32) + len(seen)
+
+    monkeypatch.setitem(small.__dict__, "_read", read)
+    states = small.encode_text(["a", "b", "a", "a"])
+    assert [ids.shape for ids in seen] == [(1, 77)] * 2
+    np.testing.assert_array_equal(states[:, 0, 0], [1, 2, 1, 1])
+    assert small.encode_text("a").shape == (1, 77, 32)
+
+
+def test_defaults_are_the_models_own(folder, small):
+    sd = StableDiffusion.from_pretrained(folder)
+    assert (sd.img_height, sd.img_width) == (TINY.image_size, TINY.image_size)
+    settings = {"num_steps": 2, "seed": 0}
+    found = latents(small, PROMPT, **settings)
+    named = latents(small, PROMPT, unconditional_guidance_scale=TINY.guidance, **settings)
+    np.testing.assert_array_equal(found, named)
+
+
+def test_without_guidance_there_is_no_unconditional_half(small):
+    settings = {"num_steps": 2, "seed": 0}
+    one = latents(small, PROMPT, unconditional_guidance_scale=1, **settings)
+    for scale in (0, 0.5, -1.0):
+        other = latents(small, PROMPT, "blue", unconditional_guidance_scale=scale, **settings)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_seed_that_is_drawn_is_logged_and_draws_the_same_again(small, caplog):
+    with caplog.at_level(logging.INFO, pipeline.__name__):
+        found = latents(small, PROMPT, num_steps=1)
+    seed = small.last_seed
+    assert caplog.messages == [f"seed {seed}"]
+    np.testing.assert_array_equal(latents(small, PROMPT, num_steps=1, seed=seed), found)
+    latents(small, PROMPT, num_steps=1, seed=0)
+    assert small.last_seed == 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(small, sampler):
+    found = latents(small, PROMPT, num_steps=3, seed=0, sampler=sampler)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("ddpm", 0.0)])
+def test_temperature_scales_added_noise(small, sampler, eta):
+    def draw(temperature, seed):
+        noise = np.ones((1, 7, 5, 4))
+        settings = {"sampler": sampler, "eta": eta, "diffusion_noise": noise, "num_steps": 3}
+        return latents(small, PROMPT, temperature=temperature, seed=seed, **settings)
+
+    np.testing.assert_array_equal(draw(0, 1), draw(0, 2))
+    assert not np.array_equal(draw(1, 1), draw(1, 2))
+
+
+def test_encoded_images_are_the_posteriors_scaled_mean(sd):
+    golden = synth.golden("tiny_vae")
+    images = np.tanh(synth.inputs("Atiny_vae/image", golden["image_shape"])) / 2 + 0.5
+    mean = golden["moments"][..., :4] * TINY.autoencoder.scale
+    assert synth.relative_error(sd.encode_image(images), mean) <= 1e-4
+
+
+def test_images_are_arrays_or_pictures(small):
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)
+    found = small.encode_image(images)
+    assert found.shape == (2, 3, 4, 4)
+    np.testing.assert_array_equal(found, small.encode_image(images.astype(np.float32) / 255))
+    pictures = [Image.fromarray(image) for image in images]
+    np.testing.assert_array_equal(found, small.encode_image(pictures))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16"])
+def test_half_precision_networks_are_stepped_through_in_float32(folder, small, dtype):
+    half = StableDiffusion.from_pretrained(folder, img_height=14, img_width=10, dtype=dtype)
+    settings = {"num_steps": 3, "seed": 0}
+    found = latents(half, PROMPT, **settings)
+    assert found.dtype == half.encode_text(PROMPT).dtype == np.float32
+    assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
+
+
+def test_changed_weights_count(folder):
+    sd = StableDiffusion.from_pretrained(folder)
+    settings = {"num_steps": 1, "seed": 0}
+    before = latents(sd, PROMPT, **settings)
+    bias = sd.diffusion_model.get_layer("conv_out").bias
+    bias.assign(np.ones(bias.shape))
+    assert synth.relative_error(latents(sd, PROMPT, **settings), before) > 1e-3
+
+
+def test_the_bar_names_the_stages(small, capsys):
+    small.generate(PROMPT, num_steps=2)
+    shown = capsys.readouterr().err
+    for stage in ("Loading", "Reading", "Denoising", "Decoding"):
+        assert stage in shown
+    small.generate(PROMPT, num_steps=2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+NAN = float("nan")
+WRONG = [
+    ((7,), {}, TypeError, "prompt must be text or a list of texts, not 7"),
+    (([PROMPT, None],), {}, TypeError, "prompt must be text or a list of texts"),
+    (([],), {}, ValueError, "prompt is an empty list"),
+    ((None,), {}, ValueError, "give prompt or context, one of them"),
+    ((PROMPT,), {"context": np.zeros((77, 32))}, ValueError, "one of them and not both"),
+    (("cat " * 76,), {}, ValueError, "76 tokens and only 75 fit"),
+    ((PROMPT, "cat " * 76), {}, ValueError, "76 tokens and only 75 fit"),
+    ((PROMPT, 7), {}, TypeError, "negative_prompt must be text"),
+    ((PROMPT, "a"), {"negative_context": np.zeros((77, 32))}, ValueError, "negative_prompt or"),
+    ((PROMPT, ["a", "b"]), {}, ValueError, "2 negative prompts or contexts for 1 pictures"),
+    ((["a", "b", "c"],), {"batch_size": 2}, ValueError, "batch_size 2 does not fit 3 prompts"),
+    ((PROMPT,), {"batch_size": 0}, ValueError, "batch_size must be a whole number, 1 or more"),
+    ((PROMPT,), {"batch_size": 1.0}, ValueError, "batch_size must be"),
+    ((PROMPT,), {"num_steps": 0}, ValueError, "num_steps must be a whole number from 1 to 499"),
+    ((PROMPT,), {"num_steps": 500}, ValueError, "from 1 to 499"),
+    ((PROMPT,), {"num_steps": 2.5}, ValueError, "num_steps must be a whole number"),
+    ((PROMPT,), {"unconditional_guidance_scale": NAN}, ValueError, "scale must be finite, not nan"),
+    ((PROMPT,), {"unconditional_guidance_scale": "7"}, TypeError, "scale must be a number"),
+    ((PROMPT,), {"temperature": NAN}, ValueError, "temperature must be finite"),
+    ((PROMPT,), {"temperature": -1}, ValueError, "temperature must be a number, 0 or more"),
+    ((PROMPT,), {"eta": NAN}, ValueError, "eta must be finite"),
+    ((PROMPT,), {"eta": 2}, ValueError, "eta must be from 0"),
+    ((PROMPT,), {"eta": 0.5, "sampler": "euler"}, ValueError, "samplers with one: ddim"),
+    ((PROMPT,), {"guidance_rescale": NAN}, ValueError, "guidance_rescale must be finite"),
+    ((PROMPT,), {"guidance_rescale": 1.5}, ValueError, "guidance_rescale must be from 0 to 1"),
+    ((PROMPT,), {"sampler": "plms"}, ValueError, "unknown sampler 'plms'; known: ddim, ddpm"),
+    ((PROMPT,), {"output": "pil"}, ValueError, "unknown output 'pil'; known: image, float"),
+    ((PROMPT,), {"seed": -1}, ValueError, "seed must be a whole number from 0"),
+    ((PROMPT,), {"seed": "1"}, ValueError, "seed must be a whole number from 0"),
+    ((PROMPT,), {"seed": 2**64 - 1, "batch_size": 2}, ValueError, "seed must be"),
+    ((None,), {"context": np.zeros((77, 16))}, ValueError, r"context .* \(77, 32\) or \(n, 77, 32"),
+    ((None,), {"context": np.zeros((0, 77, 32))}, ValueError, r"not \(0, 77, 32\)"),
+    ((None,), {"context": "a"}, TypeError, "context must be an array of numbers, not 'a'"),
+    ((None,), {"context": np.full((77, 32), NAN)}, ValueError, "context has NaN"),
+    ((PROMPT,), {"negative_context": np.zeros(32)}, ValueError, "negative_context must have"),
+    ((PROMPT,), {"diffusion_noise": np.zeros((1, 5, 7, 4))}, ValueError, r"\(1, 7, 5, 4\), not"),
+    ((PROMPT,), {"input_image": "cat.png"}, NotImplementedError, "input_image"),
+    ((PROMPT,), {"input_mask": "cat.png"}, NotImplementedError, "input_mask"),
+]
+
+
+@pytest.mark.parametrize(("args", "settings", "error", "message"), WRONG)
+def test_wrong_input_is_refused_before_any_work(folder, args, settings, error, message):
+    sd = StableDiffusion.from_pretrained(folder, img_height=14, img_width=10)
+    sd._load = None  # raises TypeError when it is called
+    with pytest.raises(error, match=message):
+        sd.generate(*args, **settings)
+    assert sd.last_seed is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"img_height": 33}, ValueError, "img_height must be a multiple of 2 .*not 33.* 32 or 34"),
+        ({"img_width": 0}, ValueError, "img_width must be a multiple of 2"),
+        ({"img_width": 32.0}, TypeError, "img_width must be a whole number of pixels, not 32.0"),
+        ({"dtype": "float8"}, ValueError, "unknown dtype 'float8'; known: float32, float16"),
+    ],
+)
+def test_a_model_is_opened_with_what_fits_it(folder, settings, error, message):
+    with pytest.raises(error, match=message):
+        StableDiffusion.from_pretrained(folder, **settings)
+
+
+def test_unknown_weights_are_refused_with_the_known():
+    with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji\)"):
+        StableDiffusion.from_pretrained("emojis")
+
+
+def test_a_tensor_that_is_missing_is_found_before_the_work(tmp_path, tiny_weights, capsys):
+    folder = write_folder(tmp_path / "tiny", TINY, tiny_weights)
+    tensors = load_file(folder / FILES["vae"])
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors, folder / FILES["vae"])
+    sd = StableDiffusion.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"1 tensor missing: decoder\.conv_in\.bias"):
+        sd.generate(PROMPT)
+    assert "Denoising" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((6, 8, 3)), ValueError, r"must be \(B, H, W, 3\) or a list"),
+        ("cat.png", ValueError, "or a list of pictures"),
+        ([], ValueError, "one or more, all of one size"),
+        ([np.zeros((6, 8, 3)), np.zeros((8, 6, 3))], ValueError, "all of one size"),
+        (np.zeros((1, 6, 7, 3)), ValueError, "images' width must be a multiple of 2"),
+        (np.full((1, 6, 8, 3), 2.0), ValueError, r"lies in \[0, 1\]"),
+    ],
+)
+def test_wrong_images_are_refused(small, images, error, message):
+    with pytest.raises(error, match=message):
+        small.encode_image(images)
+
+
+def test_wrong_latents_are_refused(small):
+    with pytest.raises(ValueError, match=r"latents must have the shape \(B, h, w, 4\)"):
+        small.decode(np.zeros((7, 5, 4)))
+
+
+def test_an_inpainting_model_is_refused(tmp_path, tiny_weights):
+    unet = replace(TINY.unet, in_channels=9)
+    folder = write_folder(tmp_path / "inpaint", replace(TINY, unet=unet), tiny_weights)
+    with pytest.raises(NotImplementedError, match="inpainting model"):
+        StableDiffusion.from_pretrained(folder).generate(PROMPT)
+
+
+class TestTheEarlierPortsConstructor:
+    @pytest.fixture(autouse=True)
+    def tiny(self, monkeypatch):
+        monkeypatch.setattr(pipeline, "SD_1", TINY)
+
+    def test_random_weights(self):
+        sd = StableDiffusion(32, 48, download_weights=False)
+        assert sd.generate(PROMPT, num_steps=1, progress=False).shape == (1, 32, 48, 3)
+        assert isinstance(sd.image_encoder, keras.Model)
+
+    def test_published_weights_are_asked_for_at_first_use_only(self):
+        sd = StableDiffusion(32, 48)
+        with pytest.raises(NotImplementedError, match=r"from_pretrained.*download_weights=False"):
+            sd.generate(PROMPT)
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [((33,), "img_height must be a multiple"), ((32, 32, 64), "max_text_len must be 77")],
+    )
+    def test_wrong_sizes(self, args, message):
+        with pytest.raises(ValueError, match=message):
+            StableDiffusion(*args)
+
+
+def test_the_published_model_has_the_published_size():
+    sd = StableDiffusion()
+    assert (sd.img_height, sd.img_width) == (512, 512)
+    assert sd.config.unet == UNetConfig()
