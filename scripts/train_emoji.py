@@ -162,7 +162,7 @@ def train_diffusion(
 
     prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
 
-    network = compiled(lambda *inputs: unet(list(inputs)))
+    network = compiled(lambda *inputs: unet(list(inputs)), unet.variables)
 
     def preview(step):
         context = text_encoder.predict_on_batch(tokenize(prompts))

@@ -93,7 +93,7 @@ class Saves:
     def save(self, step: int):
         """Writes beside the last save, then takes its place."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(v.numpy()) for name, v in self.variables.items()}
+        arrays = {name: np.array(v.numpy(), order="C") for name, v in self.variables.items()}
         part = self.state.with_suffix(".part")
         save_file(arrays, part, metadata={"step": str(step)})
         with open(part, "rb") as file:
