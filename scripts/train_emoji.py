@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.load import Models
 from stable_diffusion_tf.checkpoints.save import save
+from stable_diffusion_tf.compile import compiled
 from stable_diffusion_tf.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -161,11 +162,13 @@ def train_diffusion(
 
     prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
 
+    network = compiled(lambda *inputs: unet(list(inputs)), unet.variables)
+
     def preview(step):
         context = text_encoder.predict_on_batch(tokenize(prompts))
         negative = text_encoder.predict_on_batch(tokenize([""] * len(prompts)))
         denoise = denoiser(
-            lambda *inputs: unet(list(inputs)),
+            network,
             config.schedule.prediction,
             context,
             negative,
@@ -192,7 +195,7 @@ def train_diffusion(
         adamw(1e-3, steps, loss_scaling=unet.dtype_policy.compute_dtype == "float16"),
         steps=steps,
         folder=folder,
-        save_every=250,
+        save_every=400,
         preview=preview,
         jit=jit,
     )

@@ -17,7 +17,15 @@ def random(seed: int, *counters: int) -> np.random.Generator:
 
 
 def shuffled(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Indices of the batch of `step`: passes over `count` items, each in an order of its own."""
+    """Indices of the batch of `step`: passes over `count` items, each in an order of its own.
+
+    Raises:
+        ValueError: there are fewer items than a batch takes.
+    """
+    if count < batch_size:
+        raise ValueError(
+            f"{count} items do not fill a batch of {batch_size}; take a smaller batch or more items"
+        )
     epoch, batch = divmod(step, count // batch_size)
     order = random(seed, epoch).permutation(count)
     return order[batch * batch_size :][:batch_size]

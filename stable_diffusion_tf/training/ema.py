@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-import keras
+import numpy as np
 
 
 @contextmanager
@@ -11,7 +11,7 @@ def averaged(optimizer, variables):
 
     Without `use_ema=True` in the optimizer there is no average, and nothing changes.
     """
-    own = [keras.ops.convert_to_numpy(v.value).copy() for v in variables]
+    own = [np.array(v.numpy()) for v in variables]
     if optimizer.use_ema:
         optimizer.finalize_variable_values(variables)
     try:

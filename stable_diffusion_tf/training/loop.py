@@ -50,7 +50,7 @@ def train(
     """
     variables = [v for model in models for v in model.trainable_variables]
     step_fn = training_step(loss, variables, optimizer, jit)
-    saves = Saves(folder, [*variables, *optimizer.variables])
+    saves = Saves(folder, variables, optimizer)
     start = saves.restore()
     log = LossLog(Path(folder) / "loss.csv", start)
     with tqdm(
@@ -82,19 +82,18 @@ def train(
 class Saves:
     """`state.safetensors` in `folder` and the one before it; each is whole or absent."""
 
-    def __init__(self, folder: Path, variables):
+    def __init__(self, folder: Path, variables, optimizer):
         self.folder = Path(folder)
         self.state = self.folder / "state.safetensors"
         self.previous = self.folder / "previous.safetensors"
-        self.variables = {f"{i:04d}.{v.path}": v for i, v in enumerate(variables)}
+        self.variables = {f"{i:04d}.{v.path}": v for i, v in enumerate(variables)} | {
+            f"optimizer.{i:04d}": v for i, v in enumerate(optimizer.variables)
+        }
 
     def save(self, step: int):
         """Writes beside the last save, then takes its place."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            name: np.ascontiguousarray(keras.ops.convert_to_numpy(v.value))
-            for name, v in self.variables.items()
-        }
+        arrays = {name: np.array(v.numpy(), order="C") for name, v in self.variables.items()}
         part = self.state.with_suffix(".part")
         save_file(arrays, part, metadata={"step": str(step)})
         with open(part, "rb") as file:
@@ -129,9 +128,8 @@ class LossLog:
         rows = []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [
-                    row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= start
-                ]
+                written = [row for row in csv.reader(file) if len(row) == 2][1:]
+            rows = [row for row in written if int(row[0]) <= start]
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with open(part, "w", newline="") as file:

@@ -1,0 +1,175 @@
+"""Training learns, saves, and goes on from a save as if nothing had happened."""
+
+import csv
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from small import run, weights
+
+from stable_diffusion_tf.training.ema import averaged
+from stable_diffusion_tf.training.loop import LossLog, Saves, train
+from stable_diffusion_tf.training.optimizer import WarmupStableDecay, adamw
+
+
+def line(name="line"):
+    return keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name=name)], name=name)
+
+
+def line_fit(folder, steps, loss=None, **options):
+    """Fits y = 2 x with one dense layer; returns the model."""
+    keras.utils.set_random_seed(0)
+    model = line()
+    x = np.linspace(-1, 1, 8, dtype=np.float32)[:, None]
+
+    def batch(step):
+        return (x,)
+
+    options = {"optimizer": keras.optimizers.Adam(0.1), "progress": False, **options}
+    optimizer = options.pop("optimizer")
+    loss = loss or (lambda x: keras.ops.mean((model(x) - 2 * x) ** 2))
+    train(loss, batch, [model], optimizer, steps=steps, folder=folder, **options)
+    return model
+
+
+def losses(folder):
+    with open(folder / "loss.csv", newline="") as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def test_it_learns(tmp_path):
+    kernel, bias = line_fit(tmp_path, 200).get_weights()
+    assert kernel.item() == pytest.approx(2, abs=0.01)
+    assert bias.item() == pytest.approx(0, abs=0.01)
+    assert losses(tmp_path)[-1][1] < 1e-3
+
+
+def test_a_run_in_pieces_is_the_run_in_one(tmp_path):
+    whole = weights(run(tmp_path / "whole", 5))
+    run(tmp_path / "pieces", 5, stop=2)
+    pieces = weights(run(tmp_path / "pieces", 5))
+    for a, b in zip(whole, pieces, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+
+
+def test_a_finished_run_trains_no_further(tmp_path):
+    before = weights([line_fit(tmp_path, 3)])
+    after = weights([line_fit(tmp_path, 3, loss=lambda x: pytest.fail("trained again"))])
+    assert before == after
+
+
+def test_mixed_precision_keeps_float32_weights(tmp_path):
+    models = run(tmp_path, 1, dtype="mixed_bfloat16")
+    assert {weight.dtype for weight in weights(models)} == {np.dtype("float32")}
+    assert np.isfinite(losses(tmp_path)[0][1])
+
+
+def test_loss_scaling_for_float16(tmp_path):
+    scaled = line_fit(tmp_path, 3, optimizer=adamw(0.1, 3, loss_scaling=True))
+    plain = line_fit(tmp_path / "plain", 3, optimizer=adamw(0.1, 3))
+    for a, b in zip(weights([scaled]), weights([plain]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_the_previous_save_is_kept_and_serves_when_the_last_is_gone(tmp_path):
+    line_fit(tmp_path, 4, save_every=2)
+    variables, optimizer = line().trainable_variables, keras.optimizers.Adam(0.1)
+    optimizer.build(variables)
+    saves = Saves(tmp_path, variables, optimizer)
+    assert saves.restore() == 4
+    saves.state.unlink()  # as when killed between the two renames
+    assert saves.restore() == 2
+
+
+def test_a_save_of_another_model_is_refused_by_name(tmp_path):
+    line_fit(tmp_path, 1)
+    optimizer = keras.optimizers.Adam(0.1)
+    with pytest.raises(ValueError, match=r"state.safetensors is of another model.*other"):
+        Saves(tmp_path, line("other").trainable_variables, optimizer).restore()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    line_fit(tmp_path, 1)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
+        line_fit(tmp_path, 2, loss=lambda x: keras.ops.sum(x) * float("nan"))
+    assert np.isfinite(line_fit(tmp_path, 1).get_weights()[0]).all()
+
+
+def test_previews_see_the_averaged_weights(tmp_path):
+    seen = []
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    kernel = model.trainable_variables[0]
+    kernel.assign([[0.0]])
+    # The gradient is -1: the kernel is 1 after one step, 2 after two; their average 1, then 1.5.
+    train(
+        lambda x: -keras.ops.sum(kernel.value) * 1.0,
+        lambda step: (np.zeros((1, 1), np.float32),),
+        [model],
+        optimizer,
+        steps=2,
+        folder=tmp_path,
+        save_every=1,
+        preview=lambda step: seen.append(float(kernel.numpy().item())),
+        progress=False,
+    )
+    assert seen == [1.0, 1.5]
+    assert kernel.numpy().item() == 1.5  # the end result is the average, too
+
+
+def test_averaged_gives_the_weights_back_when_the_preview_fails():
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True)
+    variable = keras.Variable([3.0])
+    optimizer.build([variable])
+    with pytest.raises(RuntimeError), averaged(optimizer, [variable]):
+        assert variable.numpy() == [0.0]
+        raise RuntimeError
+    assert variable.numpy() == [3.0]
+
+
+def test_a_torn_line_of_the_log_is_dropped(tmp_path):
+    path = tmp_path / "loss.csv"
+    path.write_text("step,loss\n5,0.500000\n10,0.400000\n1")  # killed while writing step 15
+    LossLog(path, start=10)
+    assert path.read_text().split() == ["step,loss", "5,0.500000", "10,0.400000"]
+
+
+def test_learning_rate_warms_up_stays_and_decays():
+    rate = WarmupStableDecay(1.0, steps=100, warmup=10, decay=0.2)
+    assert [float(rate(step)) for step in (0, 9, 50, 80, 90, 100)] == pytest.approx(
+        [0.1, 1.0, 1.0, 1.0, 0.5, 0.0]
+    )
+
+
+@pytest.mark.full
+def test_killed_at_20_random_moments_it_ends_the_same(tmp_path):
+    steps = 60
+    program = [
+        sys.executable,
+        Path(__file__).with_name("small.py"),
+        tmp_path / "killed",
+        str(steps),
+    ]
+    whole = weights(run(tmp_path / "whole", steps))
+    moments = random.Random(0)
+    kills = 0
+    while kills < 20:
+        process = subprocess.Popen(program, cwd=Path(__file__).parents[1])
+        state = tmp_path / "killed" / "state.safetensors"
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.01)  # until it has saved once more, so that every life gets further
+        time.sleep(moments.uniform(0, 0.2))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    killed = weights(run(tmp_path / "killed", steps))
+    for a, b in zip(whole, killed, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,81 @@
+"""Losses against values known by hand."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from stable_diffusion_tf.config import AutoencoderConfig
+from stable_diffusion_tf.training.loss import autoencoder_loss, diffusion_loss
+
+RNG = np.random.default_rng(0)
+LATENTS, NOISE = RNG.standard_normal((2, 3, 4, 4, 4), dtype=np.float32)
+ALPHA, SIGMA = np.full((3, 1, 1, 1), 0.6, "f"), np.full((3, 1, 1, 1), 0.8, "f")
+TIMESTEPS, IDS = np.array([1.0, 2.0, 3.0], "f"), np.zeros((3, 77), np.int32)
+V = 0.6 * NOISE - 0.8 * LATENTS
+
+
+def loss_of(prediction, norm, answer):
+    loss = diffusion_loss(
+        lambda ids: ids, lambda inputs: ops.convert_to_tensor(answer), prediction, norm
+    )
+    return float(loss(LATENTS, NOISE, TIMESTEPS, ALPHA, SIGMA, IDS))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize(("prediction", "right"), [("epsilon", NOISE), ("v", V)])
+def test_the_right_answer_costs_nothing(prediction, right, norm):
+    assert loss_of(prediction, norm, right) == pytest.approx(0, abs=1e-10)
+
+
+def test_norms_of_a_constant_error():
+    assert loss_of("epsilon", "l1", NOISE + 0.5) == pytest.approx(0.5, rel=1e-5)
+    assert loss_of("epsilon", "l2", NOISE + 0.5) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_the_network_sees_the_noisy_latents():
+    seen = []
+
+    def network(inputs):
+        seen.extend(inputs)
+        return ops.zeros((3, 4, 4, 4))
+
+    diffusion_loss(lambda ids: "context", network, "epsilon")(
+        LATENTS, NOISE, TIMESTEPS, ALPHA, SIGMA, IDS
+    )
+    np.testing.assert_allclose(seen[0], 0.6 * LATENTS + 0.8 * NOISE, rtol=1e-6)
+    assert seen[1] is TIMESTEPS
+    assert seen[2] == "context"
+
+
+class Decoder:
+    """Draws one colour everywhere."""
+
+    config = AutoencoderConfig()
+
+    def __init__(self, colour):
+        self.colour = colour
+
+    def __call__(self, latents):
+        return ops.full((2, 8, 8, 3), self.colour)
+
+
+def test_autoencoder_loss_of_a_shifted_picture_is_its_distance():
+    images = np.zeros((2, 8, 8, 3), "f")
+    moments = np.zeros((2, 1, 1, 8), "f")  # the prior itself: KL 0
+    loss = autoencoder_loss(lambda _: ops.convert_to_tensor(moments), Decoder(0.25), kl_weight=1.0)
+    assert float(loss(images, np.zeros((2, 1, 1, 4), "f"))) == pytest.approx(0.25)
+
+
+def test_autoencoder_loss_counts_missing_edges():
+    images = np.zeros((2, 8, 8, 3), "f")
+    images[:, :, 4:] = 1.0  # one edge: 1 of 7 horizontal differences in each row
+    moments = np.zeros((2, 1, 1, 8), "f")
+    loss = autoencoder_loss(lambda _: ops.convert_to_tensor(moments), Decoder(0.5), edge_weight=2.0)
+    assert float(loss(images, np.zeros((2, 1, 1, 4), "f"))) == pytest.approx(0.5 + 2.0 / 7)
+
+
+def test_kl_of_a_unit_gaussian_at_one():
+    images = np.zeros((2, 8, 8, 3), "f")
+    moments = np.concatenate([np.ones((2, 1, 1, 4)), np.zeros((2, 1, 1, 4))], axis=-1).astype("f")
+    loss = autoencoder_loss(lambda _: ops.convert_to_tensor(moments), Decoder(0.0), kl_weight=1.0)
+    assert float(loss(images, np.zeros((2, 1, 1, 4), "f"))) == pytest.approx(4 * 0.5)
