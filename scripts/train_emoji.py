@@ -101,6 +101,7 @@ def main(target, autoencoder_steps, steps, dtype, norm, jit, runs):
         scaled_decoder,
         (mean * scale, deviation * scale),
         captions,
+        dtype=dtype,
         norm=norm,
         steps=steps,
         folder=runs / "diffusion",
@@ -150,7 +151,7 @@ def posterior(encoder, images, batch_size=64):
 
 
 def train_diffusion(
-    config, models, decoder, latents, captions, *, norm, steps, folder, jit, batch_size=64
+    config, models, decoder, latents, captions, *, dtype, norm, steps, folder, jit, batch_size=64
 ):
     """Trains `models`, text encoder and UNet, on the Gaussians `latents` of captioned pictures."""
     text_encoder, unet = models
@@ -192,7 +193,7 @@ def train_diffusion(
             seed=SEED,
         ),
         models,
-        adamw(1e-3, steps, loss_scaling=unet.dtype_policy.compute_dtype == "float16"),
+        adamw(1e-3, steps, loss_scaling=dtype == "mixed_float16"),
         steps=steps,
         folder=folder,
         save_every=400,
