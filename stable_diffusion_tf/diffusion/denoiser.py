@@ -9,7 +9,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from .guidance import guided
+from stable_diffusion_tf.diffusion.guidance import guided
 
 
 def add_noise(x0, noise, step):

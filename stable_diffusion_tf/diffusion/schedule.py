@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import ScheduleConfig
+from stable_diffusion_tf.config import ScheduleConfig
 
 
 class Step(NamedTuple):

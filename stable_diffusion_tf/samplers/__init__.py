@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from .ddim import ddim
-from .ddpm import ddpm
-from .euler import euler, euler_ancestral
-from .noise import Noise as Noise
+from stable_diffusion_tf.samplers.ddim import ddim
+from stable_diffusion_tf.samplers.ddpm import ddpm
+from stable_diffusion_tf.samplers.euler import euler, euler_ancestral
+from stable_diffusion_tf.samplers.noise import Noise as Noise
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ sqrt(r'^2 - up^2) and add noise of up = r' sqrt(r^2 - r'^2) / r: times alpha', D
 Without a division by alpha, both may start where there is no signal.
 """
 
-from .ddim import ddim
+from stable_diffusion_tf.samplers.ddim import ddim
 
 
 def euler(denoise, x, steps, noise):

@@ -1,3 +1,3 @@
 """Text to the token ids that CLIP's text encoders read."""
 
-from .bpe import Tokenizer as Tokenizer
+from stable_diffusion_tf.tokenizer.bpe import Tokenizer as Tokenizer
