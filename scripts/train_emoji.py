@@ -6,6 +6,7 @@ picture sheet every so often are in the runs folder.
 """
 
 import os
+import zlib
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.load import Models
 from stable_diffusion_tf.checkpoints.save import save
-from stable_diffusion_tf.compile import compiled
 from stable_diffusion_tf.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -28,8 +28,6 @@ from stable_diffusion_tf.config import (
     TextEncoderConfig,
     UNetConfig,
 )
-from stable_diffusion_tf.diffusion import schedule
-from stable_diffusion_tf.diffusion.denoiser import denoiser
 from stable_diffusion_tf.images import (
     contact_sheet,
     save_png,
@@ -39,10 +37,8 @@ from stable_diffusion_tf.images import (
     unit_to_uint8,
 )
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
-from stable_diffusion_tf.samplers import get_sampler
-from stable_diffusion_tf.samplers.noise import Noise
-from stable_diffusion_tf.tokenizer import Tokenizer
-from stable_diffusion_tf.training.data import noisy_batches, random, shuffled
+from stable_diffusion_tf.pipeline import StableDiffusion
+from stable_diffusion_tf.training.data import NOISE, noisy_batches, random, shuffled
 from stable_diffusion_tf.training.loop import train
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw
@@ -73,14 +69,23 @@ SEED = 0
 
 @click.command(help=__doc__)
 @click.argument("target", type=Path)
-@click.option("--autoencoder-steps", default=1400, show_default=True)
-@click.option("--steps", default=5000, show_default=True, help="Of diffusion.")
-@click.option("--dtype", default="mixed_bfloat16", show_default=True, help="Of diffusion.")
+@click.option("--autoencoder-steps", default=1400, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--steps", default=5000, show_default=True, type=click.IntRange(1), help="Of diffusion."
+)
+@click.option(
+    "--dtype",
+    default="mixed_bfloat16",
+    show_default=True,
+    type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
+    help="Of diffusion.",
+)
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
 def main(target, autoencoder_steps, steps, dtype, norm, jit, runs):
-    keras.utils.set_random_seed(SEED)  # the initial weights; the rest is seeded step by step
+    if target.exists():
+        raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
 
@@ -94,11 +99,16 @@ def main(target, autoencoder_steps, steps, dtype, norm, jit, runs):
     scaled_decoder.set_weights(decoder.get_weights())
 
     captions = [row for row in rows if row.split == "train"]
-    models = TextEncoder(config.text_encoder, dtype), UNet(config.unet, dtype)
-    train_diffusion(
+    keras.utils.set_random_seed(SEED)  # again: a run that goes on may have drawn less before
+    models = Models(
         config,
-        models,
+        TextEncoder(config.text_encoder, dtype),
+        UNet(config.unet, dtype),
+        encoder,
         scaled_decoder,
+    )
+    train_diffusion(
+        models,
         (mean * scale, deviation * scale),
         captions,
         dtype=dtype,
@@ -107,18 +117,19 @@ def main(target, autoencoder_steps, steps, dtype, norm, jit, runs):
         folder=runs / "diffusion",
         jit=jit,
     )
-    save(Models(config, *models, encoder, scaled_decoder), target, dtype="float16")
+    save(models, target, dtype="float16")
 
 
 def train_autoencoder(known, unknown, steps, folder, jit, batch_size=32):
     """Trains on `known` pictures, reports on `unknown` ones: -> encoder, decoder."""
+    keras.utils.set_random_seed(SEED)  # the initial weights; the rest is seeded step by step
     encoder, decoder = Encoder(EMOJI.autoencoder), Decoder(EMOJI.autoencoder)
     side = EMOJI.image_size // EMOJI.autoencoder.factor
     shape = (batch_size, side, side, EMOJI.autoencoder.latent_channels)
 
     def batch(step):
         picked = known[shuffled(len(known), batch_size, SEED, step)]
-        return signed(picked), random(SEED, 1, step).standard_normal(shape, np.float32)
+        return signed(picked), random(SEED, NOISE, step).standard_normal(shape, np.float32)
 
     def preview(step):
         shown = unknown[:: len(unknown) // 24][:24]
@@ -136,6 +147,7 @@ def train_autoencoder(known, unknown, steps, folder, jit, batch_size=32):
         adamw(2e-3, steps, ema_momentum=0.995),
         steps=steps,
         folder=folder,
+        recipe={"batch_size": batch_size},
         save_every=200,
         preview=preview,
         jit=jit,
@@ -150,52 +162,36 @@ def posterior(encoder, images, batch_size=64):
     return mean, np.exp(0.5 * log_variance)
 
 
-def train_diffusion(
-    config, models, decoder, latents, captions, *, dtype, norm, steps, folder, jit, batch_size=64
-):
-    """Trains `models`, text encoder and UNet, on the Gaussians `latents` of captioned pictures."""
-    text_encoder, unet = models
-    tokenizer = Tokenizer()
-
-    def tokenize(texts):
-        text = config.text_encoder
-        return tokenizer.tokenize(texts, text.max_length, text.pad_token)
-
+def train_diffusion(models, latents, captions, *, dtype, norm, steps, folder, jit, batch_size=64):
+    """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
+    text, prediction = models.config.text_encoder, models.config.schedule.prediction
+    sd = StableDiffusion.from_models(models)
     prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
 
-    network = compiled(lambda *inputs: unet(list(inputs)), unet.variables)
-
     def preview(step):
-        context = text_encoder.predict_on_batch(tokenize(prompts))
-        negative = text_encoder.predict_on_batch(tokenize([""] * len(prompts)))
-        denoise = denoiser(
-            network,
-            config.schedule.prediction,
-            context,
-            negative,
-            config.guidance,
-        )
-        noise = Noise(range(len(prompts)), latents[0].shape[1:])
-        row = get_sampler("ddim")
-        noise_levels = schedule.steps(config.schedule, 15, **row.grid)
-        *_, (x, _) = row.sample(denoise, noise.start(), noise_levels, noise)
-        pictures = signed_to_unit(decoder.predict_on_batch(keras.ops.convert_to_numpy(x)))
-        save_preview(unit_to_uint8(pictures), folder, step, columns=8)
+        pictures = sd.generate(prompts, num_steps=15, seed=SEED, progress=False)
+        save_preview(pictures, folder, step, columns=8)
 
     train(
-        diffusion_loss(text_encoder, unet, config.schedule.prediction, norm),
+        diffusion_loss(models.text_encoder, models.unet, prediction, norm),
         noisy_batches(
             *latents,
             lambda i, rng: emoji_data.captions(captions[i], rng),
-            tokenize,
-            config.schedule,
+            lambda texts: sd.tokenizer.tokenize(texts, text.max_length, text.pad_token),
+            models.config.schedule,
             batch_size=batch_size,
             seed=SEED,
         ),
-        models,
+        [models.text_encoder, models.unet],
         adamw(1e-3, steps, loss_scaling=dtype == "mixed_float16"),
         steps=steps,
         folder=folder,
+        recipe={
+            "dtype": dtype,
+            "norm": norm,
+            "batch_size": batch_size,
+            "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
+        },
         save_every=400,
         preview=preview,
         jit=jit,

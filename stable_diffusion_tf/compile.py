@@ -3,6 +3,8 @@
 Everything else is written in `keras.ops` and `keras.layers`.
 """
 
+from functools import partial
+
 import keras
 
 
@@ -40,12 +42,14 @@ class _TensorFlow:
     def training_step(loss, variables, optimizer, jit):
         import tensorflow as tf
 
-        @tf.function(jit_compile=jit or None)
+        @tf.function(jit_compile=jit or None, autograph=False)
         def step(*batch):
             with tf.GradientTape() as tape:
                 value = loss(*batch)
                 scaled = optimizer.scale_loss(value)
-            optimizer.apply(tape.gradient(scaled, [v.value for v in variables]), variables)
+            gradients = tape.gradient(scaled, [v.value for v in variables])
+            # An embedding's is sparse, a row a token: clipping would not sum a token's rows.
+            optimizer.apply([tf.convert_to_tensor(g) for g in gradients], variables)
             return value
 
         return step
@@ -72,7 +76,7 @@ class _Jax:
                 value = loss(*batch)
                 return optimizer.scale_loss(value), value
 
-        @jax.jit
+        @partial(jax.jit, donate_argnums=(0, 1))
         def update(values, state, batch):
             (_, value), gradients = jax.value_and_grad(loss_of, has_aux=True)(values, batch)
             return value, *optimizer.stateless_apply(state, gradients, values)

@@ -73,9 +73,6 @@ class DotProductAttention(layers.Layer):
     def compute_output_shape(self, q_shape, k_shape, v_shape):
         return q_shape
 
-    def get_config(self):
-        return {**super().get_config(), "heads": self.heads, "causal": self.causal}
-
 
 def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):
     """Residual block; `temb` (B, D) is the UNet's activated time embedding."""

@@ -33,9 +33,6 @@ class PositionEmbedding(layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def get_config(self):
-        return {**super().get_config(), "length": self.length}
-
 
 class TextEncoder(keras.Model):
     """token_ids (B, N <= 77) int -> (B, N, width), the last layer's states after the final norm.

@@ -91,9 +91,6 @@ class Sinusoids(layers.Layer):
         angles = timesteps[:, None] * frequencies
         return ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
 
-    def get_config(self):
-        return {**super().get_config(), "width": self.width}
-
 
 def downsample(x, name):
     """Half the size, rounded up: pads one pixel on every side."""

@@ -13,7 +13,10 @@ from stable_diffusion_tf.diffusion.schedule import alphas_cumprod
 
 def random(seed: int, *counters: int) -> np.random.Generator:
     """A generator keyed by the run's seed and counters such as the step: same key, same draws."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=counters)))
+
+
+ORDER, NOISE = range(2)  # what is drawn: the first counter, so that no two share a stream
 
 
 def shuffled(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -27,7 +30,7 @@ def shuffled(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
             f"{count} items do not fill a batch of {batch_size}; take a smaller batch or more items"
         )
     epoch, batch = divmod(step, count // batch_size)
-    order = random(seed, epoch).permutation(count)
+    order = random(seed, ORDER, epoch).permutation(count)
     return order[batch * batch_size :][:batch_size]
 
 
@@ -55,7 +58,7 @@ def noisy_batches(
     unit = (batch_size, *mean.shape[1:])
 
     def batch(step):
-        rng = random(seed, 1, step)
+        rng = random(seed, NOISE, step)
         picked = shuffled(len(mean), batch_size, seed, step)
         latents = mean[picked] + deviation[picked] * rng.standard_normal(unit, np.float32)
         noise = rng.standard_normal(unit, np.float32)

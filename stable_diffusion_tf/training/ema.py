@@ -12,8 +12,7 @@ def averaged(optimizer, variables):
     Without `use_ema=True` in the optimizer there is no average, and nothing changes.
     """
     own = [np.array(v.numpy()) for v in variables]
-    if optimizer.use_ema:
-        optimizer.finalize_variable_values(variables)
+    optimizer.finalize_variable_values(variables)
     try:
         yield
     finally:

@@ -5,16 +5,20 @@ the weights, the optimizer (with its moving average of the weights) and that num
 """
 
 import csv
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
+from tqdm import trange
 
 from stable_diffusion_tf.compile import training_step
+from stable_diffusion_tf.files import atomic_path
 from stable_diffusion_tf.training.ema import averaged
 
 
@@ -26,6 +30,7 @@ def train(
     *,
     steps: int,
     folder: Path,
+    recipe: Mapping[str, Any] | None = None,
     save_every: int = 500,
     log_every: int = 50,
     preview=None,
@@ -45,57 +50,67 @@ def train(
         models: the `keras.Model`s whose trainable weights are updated.
         optimizer: a `keras.optimizers.Optimizer`; `use_ema=True` keeps the average that
             `averaged` swaps in.
+        recipe: what must not change between the pieces of a run, such as the batch size; a save
+            with another one is refused.
         save_every: steps between saves; a kill costs at most that many.
         preview: `preview(step)` is called after each save with the averaged weights in place.
+
+    Raises:
+        ValueError: the save in `folder` is damaged, further than `steps`, or of another model,
+            optimizer or recipe.
+        FloatingPointError: the loss or a weight is not finite; nothing is saved then.
     """
     variables = [v for model in models for v in model.trainable_variables]
-    step_fn = training_step(loss, variables, optimizer, jit)
-    saves = Saves(folder, variables, optimizer)
+    update = training_step(loss, variables, optimizer, jit)
+    saves = Saves(folder, variables, optimizer, recipe)
     start = saves.restore()
+    if start > steps:
+        raise ValueError(
+            f"{saves.state} is already at step {start}, and {steps} were asked for; ask for more, "
+            "or train in a new folder"
+        )
     log = LossLog(Path(folder) / "loss.csv", start)
-    with tqdm(
-        total=steps, initial=start, desc="training", unit="step", disable=not progress
-    ) as bar:
-        recent = []
-        for step in range(start, steps):
-            recent.append(step_fn(*batch(step)))
-            bar.update()
-            done = step + 1
-            if done % log_every == 0 or done == steps:
-                mean = float(np.mean([keras.ops.convert_to_numpy(value) for value in recent]))
-                if not np.isfinite(mean):
-                    raise FloatingPointError(
-                        f"the loss is {mean} at step {done}; the last save before it stays in "
-                        f"{folder}. Lower the learning rate, or train in float32"
-                    )
-                log.write(done, mean)
-                bar.set_postfix(loss=f"{mean:.4f}")
-                recent.clear()
-            if done % save_every == 0 or done == steps:
-                saves.save(done)
-                if preview is not None:
-                    with averaged(optimizer, variables):
-                        preview(done)
+    recent = []
+    bar = trange(start, steps, total=steps, initial=start, unit="step", disable=not progress)
+    for step in bar:
+        recent.append(update(*batch(step)))
+        done = step + 1
+        saving = done % save_every == 0 or done == steps
+        if saving or done % log_every == 0:
+            mean = float(np.mean([keras.ops.convert_to_numpy(value) for value in recent]))
+            log.write(done, mean)
+            bar.set_postfix(loss=f"{mean:.4f}")
+            recent.clear()
+        if saving:
+            saves.save(done)
+            if preview is not None:
+                with averaged(optimizer, variables):
+                    preview(done)
     optimizer.finalize_variable_values(variables)
 
 
 class Saves:
     """`state.safetensors` in `folder` and the one before it; each is whole or absent."""
 
-    def __init__(self, folder: Path, variables, optimizer):
+    def __init__(self, folder: Path, variables, optimizer, recipe: Mapping[str, Any] | None = None):
         self.folder = Path(folder)
         self.state = self.folder / "state.safetensors"
         self.previous = self.folder / "previous.safetensors"
+        self.recipe = {key: str(value) for key, value in (recipe or {}).items()}
         self.variables = {f"{i:04d}.{v.path}": v for i, v in enumerate(variables)} | {
-            f"optimizer.{i:04d}": v for i, v in enumerate(optimizer.variables)
+            f"{type(optimizer).__name__}.{i:04d}": v for i, v in enumerate(optimizer.variables)
         }
 
     def save(self, step: int):
         """Writes beside the last save, then takes its place."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.array(v.numpy(), order="C") for name, v in self.variables.items()}
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise FloatingPointError(f"{name} is not finite at step {step}. {self._advice()}")
+        # Always the same name: what a kill leaves of it, the next save writes over.
         part = self.state.with_suffix(".part")
-        save_file(arrays, part, metadata={"step": str(step)})
+        save_file(arrays, part, metadata={"step": str(step), "recipe": json.dumps(self.recipe)})
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         if self.state.exists():
@@ -107,17 +122,33 @@ class Saves:
         saved = next((path for path in (self.state, self.previous) if path.exists()), None)
         if saved is None:
             return 0
-        with safe_open(saved, framework="numpy") as file:
-            names = set(file.keys())
-            if names != set(self.variables):
-                odd = sorted(names ^ set(self.variables))
-                raise ValueError(
-                    f"{saved} is of another model or optimizer: {len(odd)} names differ, first "
-                    f"{odd[:3]}. Train in a new folder, or with the arguments of that run"
-                )
+        try:
+            file = safe_open(saved, framework="numpy")
+        except SafetensorError as error:
+            raise ValueError(f"{saved} is damaged: {error}. {self._advice()}") from None
+        with file:
+            self._check(saved, file)
             for name, variable in self.variables.items():
                 variable.assign(file.get_tensor(name))
             return int(file.metadata()["step"])
+
+    def _check(self, saved: Path, file):
+        """Raises ValueError unless the save is of these variables and this recipe."""
+        ours = {name: tuple(v.shape) for name, v in self.variables.items()}
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        recipe = json.loads(file.metadata()["recipe"])
+        differ = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        differ += sorted(
+            key for key in self.recipe | recipe if self.recipe.get(key) != recipe.get(key)
+        )
+        if differ:
+            raise ValueError(
+                f"{saved} is of another model, optimizer or recipe: {len(differ)} entries differ, "
+                f"first {', '.join(differ[:3])}. Train in a new folder, or as that run did"
+            )
+
+    def _advice(self) -> str:
+        return f"Delete {self.state} to go on from {self.previous}, the save before it"
 
 
 class LossLog:
@@ -131,11 +162,18 @@ class LossLog:
                 written = [row for row in csv.reader(file) if len(row) == 2][1:]
             rows = [row for row in written if int(row[0]) <= start]
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with open(part, "w", newline="") as file:
+        with atomic_path(path) as part, open(part, "w", newline="") as file:
             csv.writer(file).writerows([("step", "loss"), *rows])
-        os.replace(part, path)
 
     def write(self, step: int, loss: float):
+        """Adds a line.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step}. Lower the learning rate, or train in float32"
+            )
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerow((step, f"{loss:.6f}"))

@@ -5,7 +5,7 @@ import pytest
 
 from stable_diffusion_tf.config import ScheduleConfig
 from stable_diffusion_tf.diffusion.schedule import alphas_cumprod
-from stable_diffusion_tf.training.data import noisy_batches, shuffled
+from stable_diffusion_tf.training.data import noisy_batches, random, shuffled
 
 SCHEDULE = ScheduleConfig()
 
@@ -44,6 +44,11 @@ def test_the_same_step_gives_the_same_batch_and_another_does_not():
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(first[1], later[1])
     assert not np.array_equal(first[1], other[1])
+
+
+def test_no_two_keys_share_a_stream():
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
+    assert len({random(0, *key).integers(2**63) for key in keys}) == len(keys)
 
 
 def test_captions_belong_to_their_latents():

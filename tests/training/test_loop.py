@@ -1,7 +1,9 @@
 """Training learns, saves, and goes on from a save as if nothing had happened."""
 
 import csv
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from small import run, weights
 
 from stable_diffusion_tf.training.ema import averaged
@@ -97,6 +100,34 @@ def test_a_save_of_another_model_is_refused_by_name(tmp_path):
         Saves(tmp_path, line("other").trainable_variables, optimizer).restore()
 
 
+def test_a_save_of_another_recipe_is_refused_by_key(tmp_path):
+    line_fit(tmp_path, 1, recipe={"norm": "l2", "rate": 0.1})
+    with pytest.raises(ValueError, match=r"state.safetensors is of another .*recipe.*first norm\."):
+        line_fit(tmp_path, 2, recipe={"norm": "l1", "rate": 0.1})
+
+
+def test_a_damaged_save_is_named_with_the_one_before_it(tmp_path):
+    line_fit(tmp_path, 4, save_every=2)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*previous.safetensors"):
+        line_fit(tmp_path, 4)
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    line_fit(tmp_path, 3)
+    with pytest.raises(ValueError, match="already at step 3, and 2 were asked for"):
+        line_fit(tmp_path, 2)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    line_fit(tmp_path, 1)
+    optimizer = keras.optimizers.SGD(float("inf"))  # a finite loss, then an infinite step
+    with pytest.raises(FloatingPointError, match=r"line/kernel is not finite at step 1"):
+        line_fit(tmp_path / "other", 1, optimizer=optimizer)
+    assert not (tmp_path / "other" / "state.safetensors").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     line_fit(tmp_path, 1)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
@@ -104,9 +135,12 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     assert np.isfinite(line_fit(tmp_path, 1).get_weights()[0]).all()
 
 
-def test_previews_see_the_averaged_weights(tmp_path):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_previews_see_the_averaged_weights(tmp_path, scaled):
     seen = []
     optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     kernel = model.trainable_variables[0]
     kernel.assign([[0.0]])
@@ -124,6 +158,22 @@ def test_previews_see_the_averaged_weights(tmp_path):
     )
     assert seen == [1.0, 1.5]
     assert kernel.numpy().item() == 1.5  # the end result is the average, too
+
+
+def test_repeated_tokens_are_clipped_by_the_sum_of_their_gradients(tmp_path):
+    """As of a dense table: TensorFlow's gradient of an embedding has a row a token."""
+    embedding = keras.layers.Embedding(2, 1, embeddings_initializer="zeros")
+    model = keras.Sequential([keras.Input((4,)), embedding], name="table")
+    train(
+        lambda ids: -keras.ops.sum(model(ids)),
+        lambda step: (np.zeros((1, 4), np.int32),),  # token 0, four times: its gradient is -4
+        [model],
+        keras.optimizers.SGD(1.0, global_clipnorm=1.0),
+        steps=1,
+        folder=tmp_path,
+        progress=False,
+    )
+    np.testing.assert_allclose(embedding.get_weights()[0], [[1.0], [0.0]], atol=1e-6)
 
 
 def test_averaged_gives_the_weights_back_when_the_preview_fails():
@@ -150,29 +200,38 @@ def test_learning_rate_warms_up_stays_and_decays():
     )
 
 
+def start(folder, steps=400):
+    """A fresh process that trains in `folder`."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    program = [sys.executable, Path(__file__).with_name("small.py"), folder, str(steps)]
+    return subprocess.Popen(
+        program, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
+    )
+
+
+def seconds_to_first_save(folder):
+    began = time.monotonic()
+    process = start(folder)
+    while not (folder / "state.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process, time.monotonic() - began
+
+
 @pytest.mark.full
 def test_killed_at_20_random_moments_it_ends_the_same(tmp_path):
-    steps = 60
-    program = [
-        sys.executable,
-        Path(__file__).with_name("small.py"),
-        tmp_path / "killed",
-        str(steps),
-    ]
-    whole = weights(run(tmp_path / "whole", steps))
+    process, warm_up = seconds_to_first_save(tmp_path / "whole")
+    assert process.wait() == 0, process.stderr.read()
     moments = random.Random(0)
-    kills = 0
-    while kills < 20:
-        process = subprocess.Popen(program, cwd=Path(__file__).parents[1])
-        state = tmp_path / "killed" / "state.safetensors"
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
-            time.sleep(0.01)  # until it has saved once more, so that every life gets further
-        time.sleep(moments.uniform(0, 0.2))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        process.wait()
-    killed = weights(run(tmp_path / "killed", steps))
-    for a, b in zip(whole, killed, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for _ in range(20):
+        process = start(tmp_path / "killed")
+        time.sleep(moments.uniform(0, warm_up + 2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "finished before it was killed 20 times"
+    process = start(tmp_path / "killed")
+    assert process.wait() == 0, process.stderr.read()
+    whole, killed = (load_file(tmp_path / run / "state.safetensors") for run in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, killed[name], err_msg=name)
