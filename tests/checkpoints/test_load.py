@@ -179,6 +179,14 @@ def test_missing_files_are_all_named(tiny_folder):
         assert expected in str(caught.value)
 
 
+def test_a_folder_that_is_no_model_is_not_searched_to_its_depths(tmp_path):
+    deep = tmp_path / "some" / "other" / "project"
+    deep.mkdir(parents=True)
+    (deep / "model.bin").touch()
+    with pytest.raises(FileNotFoundError, match="missing; download the whole folder"):
+        open_checkpoint(tmp_path)
+
+
 def test_truncated_weights_are_refused_on_opening(tiny_folder):
     path = tiny_folder / FILES["unet"]
     path.write_bytes(path.read_bytes()[:-1])
