@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import build_part, load_part
-from stable_diffusion_tf.compile import compiled
+from stable_diffusion_tf.compile import backend, compiled
 from stable_diffusion_tf.config import SD_1, ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import denoiser
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
@@ -71,7 +71,8 @@ class StableDiffusion:
             download_weights: the published weights; False: random ones.
 
         Raises:
-            TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77.
+            TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77; or the
+                Keras backend is not supported.
         """
         if max_text_len != SD_1.text_encoder.max_length:
             raise ValueError(
@@ -104,7 +105,8 @@ class StableDiffusion:
         Raises:
             FileNotFoundError, CheckpointError: as of `open_checkpoint`; tensors that do not fit are
                 found when the network they belong to is first used.
-            TypeError, ValueError: a size does not fit the model, or `dtype` is unknown.
+            TypeError, ValueError: a size does not fit the model, `dtype` is unknown, or the Keras
+                backend is not supported.
         """
         _check_choice("dtype", dtype, DTYPES)
         checkpoint = open_checkpoint(source)
@@ -126,6 +128,7 @@ class StableDiffusion:
         img_width: int,
         jit_compile: bool,
     ) -> None:
+        backend()  # one that is not supported must not be found after the weights are read
         for name, size in (("img_height", img_height), ("img_width", img_width)):
             _check_size(name, size, config.autoencoder.factor)
         self.config = config

@@ -298,6 +298,12 @@ def test_a_model_is_opened_with_what_fits_it(tiny_model, settings, error, messag
         StableDiffusion.from_pretrained(tiny_model, **settings)
 
 
+def test_a_backend_that_is_not_supported_is_refused_on_opening(tiny_model, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    with pytest.raises(ValueError, match=r"'torch' is not supported.*to tensorflow or jax"):
+        StableDiffusion.from_pretrained(tiny_model)
+
+
 def test_unknown_weights_are_refused_with_the_known():
     with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji\)"):
         StableDiffusion.from_pretrained("emojis")
