@@ -441,6 +441,13 @@ def _texts(name: str, given: Any) -> list[str]:
         raise TypeError(f"{name} must be text or a list of texts, not {given!r}")
     if not texts:
         raise ValueError(f"{name} is an empty list; give at least one text")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name} is not valid text: {text!r} has a lone surrogate; write it in UTF-8"
+            ) from None
     return list(texts)
 
 

@@ -136,6 +136,16 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(picture, tmp_pa
     assert os.listdir(tmp_path) == ["one.png"]
 
 
+@pytest.mark.parametrize(
+    ("pixel", "text"), [(0.5, {"parameters": "caf\udce9"}), (np.nan, {})], ids=["text", "pixels"]
+)
+def test_a_picture_that_cannot_be_written_frees_its_name(tmp_path, pixel, text):
+    path = images.free_path(tmp_path, "one")
+    with pytest.raises(ValueError):
+        images.save_png(np.full((2, 2, 3), pixel), path, text)
+    assert os.listdir(tmp_path) == []
+
+
 def test_free_paths_are_never_given_twice(picture, tmp_path):
     folder = tmp_path / "new" / "folder"
     with ThreadPoolExecutor(8) as pool:

@@ -237,6 +237,8 @@ WRONG = [
     ((7,), {}, TypeError, "prompt must be text or a list of texts, not 7"),
     (([PROMPT, None],), {}, TypeError, "prompt must be text or a list of texts"),
     (([],), {}, ValueError, "prompt is an empty list"),
+    (("caf\udce9",), {}, ValueError, r"prompt is not valid text: 'caf\\udce9'"),
+    ((PROMPT, "caf\udce9"), {}, ValueError, "negative_prompt is not valid text"),
     ((None,), {}, ValueError, "give prompt or context, one of them"),
     ((PROMPT,), {"context": np.zeros((77, 32))}, ValueError, "one of them and not both"),
     (("cat " * 76,), {}, ValueError, "76 tokens and only 75 fit"),
