@@ -137,7 +137,7 @@ def generate(
         sd = StableDiffusion.from_pretrained(
             weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
         )
-        sd.tokenizer.tokenize(prompts)  # all of them are checked before the first is drawn
+        sd.tokenize(prompts, "prompt")  # all of them are checked before the first is drawn
         seed = secrets.randbits(32) if seed is None else seed
         settings = {
             "negative_prompt": negative,

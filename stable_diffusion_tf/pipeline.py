@@ -272,14 +272,24 @@ class StableDiffusion:
             pictures = self._pictures(latents)
         return pictures if output == "float" else unit_to_uint8(pictures)
 
+    def tokenize(self, prompts: str | Sequence[str], name: str = "prompts") -> np.ndarray:
+        """Returns the text encoder's input of prompts: (B, 77) int32.
+
+        Raises:
+            TypeError, ValueError: there are none, or one is not text, or has over 75 tokens. The
+                message calls them `name`.
+        """
+        text = self.config.text_encoder
+        return self.tokenizer.tokenize(_texts(name, prompts), text.max_length, text.pad_token, name)
+
     def encode_text(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Returns the text encoder's states of prompts: (B, 77, width) float32.
 
         Raises:
-            TypeError, ValueError: there are none, one is not text, or has over 75 tokens.
+            TypeError, ValueError: as of `tokenize`.
         """
         prompts = _texts("prompts", prompts)
-        ids = dict(zip(prompts, self._tokenize(prompts), strict=True))  # of each distinct prompt
+        ids = dict(zip(prompts, self.tokenize(prompts), strict=True))  # of each distinct prompt
         states = dict(zip(ids, _one_by_one(self._read, list(ids.values())), strict=True))
         return np.stack([states[prompt] for prompt in prompts])
 
@@ -327,10 +337,6 @@ class StableDiffusion:
         channels = self.config.autoencoder.latent_channels
         return self.img_height // factor, self.img_width // factor, channels
 
-    def _tokenize(self, prompts: list[str]) -> np.ndarray:
-        text = self.config.text_encoder
-        return self.tokenizer.tokenize(prompts, text.max_length, text.pad_token)
-
     def _conditions(
         self, prompt_name: str, prompt: Any, context_name: str, context: Any
     ) -> list[str] | np.ndarray:
@@ -338,9 +344,8 @@ class StableDiffusion:
         if (prompt is None) == (context is None):
             raise ValueError(f"give {prompt_name} or {context_name}, one of them and not both")
         if context is None:
-            prompts = _texts(prompt_name, prompt)
-            self._tokenize(prompts)  # refuses prompts that are too long
-            return prompts
+            self.tokenize(prompt, prompt_name)  # refuses what cannot be read
+            return _texts(prompt_name, prompt)
         states = (self.config.text_encoder.max_length, self.config.unet.context_width)
         return _array(context_name, context, states, ("n", *states)).reshape(-1, *states)
 
@@ -441,13 +446,6 @@ def _texts(name: str, given: Any) -> list[str]:
         raise TypeError(f"{name} must be text or a list of texts, not {given!r}")
     if not texts:
         raise ValueError(f"{name} is an empty list; give at least one text")
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{name} is not valid text: {text!r} has a lone surrogate; write it in UTF-8"
-            ) from None
     return list(texts)
 
 
