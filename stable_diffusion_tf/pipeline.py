@@ -14,7 +14,7 @@ from keras import ops
 from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.load import build_part, load_part
+from stable_diffusion_tf.checkpoints.load import build_part, load_parts
 from stable_diffusion_tf.compile import backend, compiled
 from stable_diffusion_tf.config import SD_1, ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import denoiser
@@ -79,7 +79,7 @@ class StableDiffusion:
                 f"max_text_len must be {SD_1.text_encoder.max_length}, not {max_text_len!r}: the "
                 "text encoder has that many positions"
             )
-        load = _refuse_download if download_weights else partial(build_part, SD_1)
+        load = _refuse_download if download_weights else partial(_random, SD_1)
         self._setup(SD_1, load, img_height, img_width, jit_compile)
 
     @classmethod
@@ -113,7 +113,7 @@ class StableDiffusion:
         sd = cls.__new__(cls)
         sd._setup(
             checkpoint.config,
-            lambda part: load_part(checkpoint, part, dtype),
+            lambda parts: load_parts(checkpoint, parts, dtype),
             checkpoint.config.image_size if img_height is None else img_height,
             checkpoint.config.image_size if img_width is None else img_width,
             jit_compile,
@@ -123,7 +123,7 @@ class StableDiffusion:
     def _setup(
         self,
         config: ModelConfig,
-        load: Callable[[str], keras.Model],
+        load: Callable[[Sequence[str]], dict[str, keras.Model]],
         img_height: int,
         img_width: int,
         jit_compile: bool,
@@ -138,26 +138,36 @@ class StableDiffusion:
         self.tokenizer = Tokenizer()
         self.last_seed: int | None = None
         self._load = load
+        self._networks: dict[str, keras.Model] = {}
 
-    @cached_property
+    def _need(self, *parts: str) -> None:
+        """Loads what is not loaded yet: together, so that one error names all that does not fit."""
+        if absent := [part for part in parts if part not in self._networks]:
+            self._networks |= self._load(absent)
+
+    def _network(self, part: str) -> keras.Model:
+        self._need(part)
+        return self._networks[part]
+
+    @property
     def text_encoder(self) -> keras.Model:
         """token_ids (B, 77) int -> (B, 77, width)."""
-        return self._load("text_encoder")
+        return self._network("text_encoder")
 
-    @cached_property
+    @property
     def diffusion_model(self) -> keras.Model:
         """[latents (B, h, w, 4), timesteps (B,), context (B, 77, width)] -> (B, h, w, 4)."""
-        return self._load("unet")
+        return self._network("unet")
 
-    @cached_property
+    @property
     def image_encoder(self) -> keras.Model:
         """images (B, H, W, 3) in [-1, 1] -> (B, h, w, 8): mean and log-variance, unscaled."""
-        return self._load("encoder")
+        return self._network("encoder")
 
-    @cached_property
+    @property
     def image_decoder(self) -> keras.Model:
         """scaled latents (B, h, w, 4) -> images (B, H, W, 3) in [-1, 1]."""
-        return self._load("decoder")
+        return self._network("decoder")
 
     def generate(
         self,
@@ -250,8 +260,7 @@ class StableDiffusion:
         with tqdm(
             desc="Loading the model", total=num_steps, unit="step", disable=not progress
         ) as bar:
-            for network in ("text_encoder", "diffusion_model", "image_decoder"):
-                getattr(self, network)  # a damaged file must not be found after the work
+            self._need("text_encoder", "unet", "decoder")  # a damaged file must be found now
             bar.set_description("Reading the text")
             contexts = self._states(positive, count)
             negatives = None if guidance is None else self._states(negative, count)
@@ -409,7 +418,11 @@ def _tensor(value: Any) -> Any:
     return ops.convert_to_tensor(value, "float32")
 
 
-def _refuse_download(part: str) -> keras.Model:
+def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:
+    return {part: build_part(config, part) for part in parts}
+
+
+def _refuse_download(parts: Sequence[str]) -> dict[str, keras.Model]:
     raise NotImplementedError(
         "this version cannot fetch the published weights; open a folder that has them with "
         "StableDiffusion.from_pretrained(folder), or give download_weights=False for random ones"

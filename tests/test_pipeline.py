@@ -312,13 +312,17 @@ def test_unknown_weights_are_refused_with_the_known():
         StableDiffusion.from_pretrained("emojis")
 
 
-def test_a_tensor_that_is_missing_is_found_before_the_work(tiny_folder, tiny_weights, capsys):
+def test_tensors_that_do_not_fit_are_all_found_before_the_work(tiny_folder, tiny_weights, capsys):
     tensors = dict(tiny_weights["vae"])
     del tensors["decoder.conv_in.bias"]
     save_safetensors(tensors, tiny_folder / FILES["vae"])
+    tensors = {**tiny_weights["unet"], "surprise": np.zeros(1, np.float32)}
+    save_safetensors(tensors, tiny_folder / FILES["unet"])
     sd = StableDiffusion.from_pretrained(tiny_folder)
-    with pytest.raises(CheckpointError, match=r"1 tensor missing: decoder\.conv_in\.bias"):
+    with pytest.raises(CheckpointError) as caught:
         sd.generate(PROMPT)
+    for expected in ("not part of the model: surprise", "missing: decoder.conv_in.bias"):
+        assert expected in str(caught.value)
     assert "Denoising" not in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from tiny import FILES, TINY
 from stable_diffusion_tf.checkpoints import catalog
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.diffusers import DiffusersFolder
-from stable_diffusion_tf.checkpoints.load import MODELS, load, load_part
+from stable_diffusion_tf.checkpoints.load import MODELS, load, load_parts
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 
 
@@ -21,6 +21,10 @@ def rewrite(folder, part, tensors):
 
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def load_part(source, part, dtype=None):
+    return load_parts(source, [part], dtype)[part]
 
 
 def same_weights(one, other):
