@@ -14,7 +14,7 @@ from keras import ops
 from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.load import build_part, load_parts
+from stable_diffusion_tf.checkpoints.load import Models, build_part, load_parts
 from stable_diffusion_tf.compile import backend, compiled
 from stable_diffusion_tf.config import SD_1, ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import denoiser
@@ -114,8 +114,37 @@ class StableDiffusion:
         sd._setup(
             checkpoint.config,
             lambda parts: load_parts(checkpoint, parts, dtype),
-            checkpoint.config.image_size if img_height is None else img_height,
-            checkpoint.config.image_size if img_width is None else img_width,
+            img_height,
+            img_width,
+            jit_compile,
+        )
+        return sd
+
+    @classmethod
+    def from_models(
+        cls,
+        models: Models,
+        *,
+        img_height: int | None = None,
+        img_width: int | None = None,
+        jit_compile: bool = False,
+    ) -> "StableDiffusion":
+        """Draws with networks that are in memory, such as those in training; they are not copied.
+
+        Args:
+            models: the four networks and their config.
+            img_height, img_width, jit_compile: as of `from_pretrained`.
+
+        Raises:
+            TypeError, ValueError: a size does not fit the model, or the Keras backend is not
+                supported.
+        """
+        sd = cls.__new__(cls)
+        sd._setup(
+            models.config,
+            lambda parts: {part: getattr(models, part) for part in parts},
+            img_height,
+            img_width,
             jit_compile,
         )
         return sd
@@ -124,11 +153,13 @@ class StableDiffusion:
         self,
         config: ModelConfig,
         load: Callable[[Sequence[str]], dict[str, keras.Model]],
-        img_height: int,
-        img_width: int,
+        img_height: int | None,
+        img_width: int | None,
         jit_compile: bool,
     ) -> None:
         backend()  # one that is not supported must not be found after the weights are read
+        img_height = config.image_size if img_height is None else img_height
+        img_width = config.image_size if img_width is None else img_width
         for name, size in (("img_height", img_height), ("img_width", img_width)):
             _check_size(name, size, config.autoencoder.factor)
         self.config = config

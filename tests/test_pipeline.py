@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import FILES, TINY, write_folder
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
+from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.samplers import SAMPLERS
@@ -214,11 +215,16 @@ def test_half_precision_networks_are_stepped_through_in_float32(tiny_model, smal
     assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
 
 
-def test_changed_weights_count(tiny_model):
-    sd = StableDiffusion.from_pretrained(tiny_model)
+def test_networks_in_memory_draw_as_they_are_now(tiny_model):
+    models = load(tiny_model)
+    sd = StableDiffusion.from_models(models)
+    assert (sd.img_height, sd.img_width) == (TINY.image_size, TINY.image_size)
+    assert sd.diffusion_model is models.unet and sd.image_encoder is models.encoder
     settings = {"num_steps": 1, "seed": 0}
     before = latents(sd, PROMPT, **settings)
-    bias = sd.diffusion_model.get_layer("conv_out").bias
+    opened = StableDiffusion.from_pretrained(tiny_model)
+    np.testing.assert_array_equal(before, latents(opened, PROMPT, **settings))
+    bias = models.unet.get_layer("conv_out").bias
     bias.assign(np.ones(bias.shape))
     assert synth.relative_error(latents(sd, PROMPT, **settings), before) > 1e-3
 
