@@ -102,7 +102,10 @@ def unit_to_uint8(image: np.ndarray) -> np.ndarray:
         ValueError: the image has a NaN, which no colour stands for.
     """
     if np.isnan(image).any():
-        raise ValueError("The image has NaN pixels; the network that made it has overflowed.")
+        raise ValueError(
+            "The image has NaN pixels: the network that made it overflowed. Run it in bfloat16 or "
+            "float32."
+        )
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 

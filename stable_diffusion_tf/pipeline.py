@@ -255,6 +255,7 @@ class StableDiffusion:
             TypeError, ValueError: an argument is not as above; the message names it.
             NotImplementedError: an input image or mask is given, or the model needs one.
             FileNotFoundError, CheckpointError: the model's files do not fit.
+            FloatingPointError: a network overflowed, as some do in float16.
         """
         for name, value in (("input_image", input_image), ("input_mask", input_mask)):
             if value is not None:
@@ -305,7 +306,7 @@ class StableDiffusion:
             start = _tensor(scale * (noise.start() if start is None else start))
             for x, _ in method.sample(denoise, start, levels, noise, **options):  # noqa: B007
                 bar.update()
-            latents = ops.convert_to_numpy(x)
+            latents = _finite("denoising", ops.convert_to_numpy(x), self.diffusion_model)
             if output == "latents":
                 return latents
             bar.set_description("Decoding")
@@ -364,12 +365,14 @@ class StableDiffusion:
 
         Raises:
             TypeError, ValueError: the latents are of another shape or not finite.
+            FloatingPointError: the decoder overflowed, as some do in float16.
         """
         channels = self.config.autoencoder.latent_channels
         return unit_to_uint8(self._pictures(_array("latents", latents, ("B", "h", "w", channels))))
 
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
-        return signed_to_unit(_one_by_one(self._decoder, latents))
+        pictures = _one_by_one(self._decoder, latents)
+        return signed_to_unit(_finite("decoding", pictures, self.image_decoder))
 
     @property
     def _latents_shape(self) -> tuple[int, int, int]:
@@ -443,6 +446,19 @@ class StableDiffusion:
 def _one_by_one(function: Callable, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """A batch through a function of batches of one: compiled once, and no more memory for many."""
     return np.concatenate([ops.convert_to_numpy(function(one[None])) for one in inputs])
+
+
+def _finite(stage: str, values: np.ndarray, network: keras.Model) -> np.ndarray:
+    """Passes on what a network computed, if it is finite."""
+    if np.isfinite(values).all():
+        return values
+    dtype = network.outputs[0].dtype
+    remedy = (
+        "use dtype='bfloat16' or 'float32'"
+        if dtype == "float16"
+        else "lower the guidance scale, or take another checkpoint"
+    )
+    raise FloatingPointError(f"{stage}: the network overflowed in {dtype}; {remedy}")
 
 
 def _tensor(value: Any) -> Any:

@@ -215,6 +215,26 @@ def test_half_precision_networks_are_stepped_through_in_float32(tiny_model, smal
     assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("output", "dtype", "message"),
+    [
+        ("latents", "mixed_float16", "denoising: .* in float16; use dtype='bfloat16' or 'float32'"),
+        ("image", "float32", "decoding: .* in float32; lower the guidance scale"),
+        ("float", "float32", "decoding: "),
+    ],
+)
+def test_overflow_is_an_error_whatever_is_asked_for(tiny_model, output, dtype, message):
+    sd = StableDiffusion.from_pretrained(tiny_model, img_height=4, img_width=4, dtype=dtype)
+    layer = (
+        sd.diffusion_model.get_layer("conv_out")
+        if output == "latents"
+        else sd.image_decoder.get_layer("decoder.conv_out")
+    )
+    layer.bias.assign(np.full(layer.bias.shape, np.inf))
+    with pytest.raises(FloatingPointError, match=message):
+        sd.generate(PROMPT, num_steps=1, output=output, progress=False)
+
+
 def test_networks_in_memory_draw_as_they_are_now(tiny_model):
     models = load(tiny_model)
     sd = StableDiffusion.from_models(models)
