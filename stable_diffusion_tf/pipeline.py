@@ -286,7 +286,7 @@ class StableDiffusion:
         start = None
         if diffusion_noise is not None:
             start = _array("diffusion_noise", diffusion_noise, (count, *shape))
-        self.last_seed = _seed(seed, count)
+        self.last_seed = first_seed(seed, count)
         noise = Noise(range(self.last_seed, self.last_seed + count), shape)
 
         with tqdm(
@@ -523,7 +523,12 @@ def _count(given: int, batch_size: Any) -> int:
     return given
 
 
-def _seed(seed: Any, count: int) -> int:
+def first_seed(seed: int | None, count: int) -> int:
+    """The seed of the first of `count` pictures, each of which has the next: given, or drawn.
+
+    Raises:
+        ValueError: one of the seeds is not a whole number from 0 to 2**64 - 1.
+    """
     if seed is None:
         seed = secrets.randbits(32)
         log.info("seed %d", seed)
