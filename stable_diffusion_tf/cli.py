@@ -2,16 +2,16 @@
 
 import os
 import re
-import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.samplers import SAMPLERS
 
 STEM = 60  # characters of a prompt in a file's name
@@ -52,7 +52,7 @@ def main() -> None:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=click.IntRange(0, 2**64 - 1),
     help="Number of the first picture; the next ones count on. [default: a random one]",
 )
 @click.option(
@@ -131,14 +131,15 @@ def generate(
         check_folder(output)
         with quiet_import():
             from stable_diffusion_tf.images import free_path, png_text, save_png
-            from stable_diffusion_tf.pipeline import StableDiffusion
+            from stable_diffusion_tf.pipeline import StableDiffusion, first_seed
 
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
             weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
         )
-        sd.tokenizer.tokenize(prompts)  # all of them are checked before the first is drawn
-        seed = secrets.randbits(32) if seed is None else seed
+        # All pictures are checked before the first is drawn.
+        sd.tokenize(prompts, "prompt")
+        seed = first_seed(seed, len(prompts) * batch)
         settings = {
             "negative_prompt": negative,
             "steps": steps,
@@ -150,6 +151,7 @@ def generate(
             "dtype": dtype,
             "model": sd.config.name,
         }
+    with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for prompt in prompts:
             pictures = sd.generate(
                 prompt,
@@ -208,11 +210,17 @@ def quiet_import() -> Iterator[None]:
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Reports what is wrong with the input, and Ctrl-C, without a traceback."""
+def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Reports what is wrong with the input, and Ctrl-C, without a traceback.
+
+    Once `drawing()`, the arguments have been found right. Then only the model's files, the disk or
+    an overflow can be at fault; any other error is one of the program, and shown in full.
+    """
     try:
         yield
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+        if drawing() and not isinstance(error, CheckpointError | OSError | FloatingPointError):
+            raise
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -8,6 +8,21 @@ from functools import partial
 import keras
 
 
+def backend():
+    """Returns what is known of the Keras backend in use.
+
+    Raises:
+        ValueError: it is one that functions cannot be compiled for.
+    """
+    name = keras.backend.backend()
+    if name not in _BACKENDS:
+        raise ValueError(
+            f"the Keras backend {name!r} is not supported; set KERAS_BACKEND to "
+            f"{' or '.join(_BACKENDS)}"
+        )
+    return _BACKENDS[name]
+
+
 def compiled(function, variables=(), jit=False):
     """Returns `function` of tensors compiled once per input shape.
 
@@ -16,7 +31,7 @@ def compiled(function, variables=(), jit=False):
         variables: the Keras variables that it reads, whose current values every call sees.
         jit: compile through XLA. On the JAX backend everything is, whatever this says.
     """
-    return _BACKENDS[keras.backend.backend()].compiled(function, variables, jit)
+    return backend().compiled(function, variables, jit)
 
 
 def training_step(loss, variables, optimizer, jit=False):

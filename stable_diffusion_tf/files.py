@@ -12,16 +12,32 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or a folder to; it becomes `path` at the end.
 
-    The change is one rename, so that `path` is never seen half-written. A file there is
-    replaced; a folder is not. When the block raises, what it wrote is removed.
+    The change is one rename of what is already on the disk, so that `path` is never seen
+    half-written, not even after a power cut. A file there is replaced; a folder is not. Files get
+    the permissions of any new one. When the block raises, what it wrote is removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        for written in [temporary, *temporary.rglob("*")]:
+            if written.is_file():
+                _settle(written)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    """Gives a file the permissions of any new one, whatever made it, and puts it on the disk."""
+    new = path.with_name(f"{path.name}.new")
+    new.touch()  # the umask cannot be read without changing it for all threads
+    try:
+        with path.open("rb+") as file:
+            shutil.copymode(new, path)
+            os.fsync(file.fileno())
+    finally:
+        new.unlink()

@@ -102,7 +102,10 @@ def unit_to_uint8(image: np.ndarray) -> np.ndarray:
         ValueError: the image has a NaN, which no colour stands for.
     """
     if np.isnan(image).any():
-        raise ValueError("The image has NaN pixels; the network that made it has overflowed.")
+        raise ValueError(
+            "The image has NaN pixels: the network that made it overflowed. Run it in bfloat16 or "
+            "float32."
+        )
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -143,7 +146,7 @@ def _reserve(path: Path) -> bool:
 def save_png(
     image: np.ndarray, path: str | os.PathLike, text: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a picture, whole or not at all, and return its path.
+    """Write a picture, whole or not at all, and return its path; a reserved name is freed again.
 
     Args:
         image: uint8 (H, W, 3), or float in [0, 1], which is rounded.
@@ -152,28 +155,33 @@ def save_png(
 
     Raises:
         FileExistsError: there is something at `path`.
-        ValueError: not one picture.
+        ValueError: not one picture, or the text is not valid Unicode.
     """
     path = Path(path)
+    if not _reserve(path) and (not path.is_file() or path.stat().st_size):
+        raise FileExistsError(f"{path} exists. Name another file, or move it away.")
+    try:
+        encoded = _encode(image, text or {})
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(encoded)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _encode(image: np.ndarray, text: Mapping[str, str]) -> memoryview:
+    """Picture -> the bytes of its PNG file."""
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"One picture is (H, W, 3), not {image.shape}.")
     if image.dtype != np.uint8:
         image = unit_to_uint8(image)
     chunks = PngInfo()
-    for keyword, value in (text or {}).items():
+    for keyword, value in text.items():
         chunks.add_text(keyword, value)
     encoded = BytesIO()
     Image.fromarray(image).save(encoded, "png", pnginfo=chunks)
-
-    if not _reserve(path) and (not path.is_file() or path.stat().st_size):
-        raise FileExistsError(f"{path} exists. Name another file, or move it away.")
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(encoded.getbuffer())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
+    return encoded.getbuffer()
 
 
 def png_text(settings: Mapping[str, Any]) -> dict[str, str]:

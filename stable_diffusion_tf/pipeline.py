@@ -14,8 +14,8 @@ from keras import ops
 from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.load import build_part, load_part
-from stable_diffusion_tf.compile import compiled
+from stable_diffusion_tf.checkpoints.load import Models, build_part, load_parts
+from stable_diffusion_tf.compile import backend, compiled
 from stable_diffusion_tf.config import SD_1, ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import denoiser
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
@@ -71,14 +71,15 @@ class StableDiffusion:
             download_weights: the published weights; False: random ones.
 
         Raises:
-            TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77.
+            TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77; or the
+                Keras backend is not supported.
         """
         if max_text_len != SD_1.text_encoder.max_length:
             raise ValueError(
                 f"max_text_len must be {SD_1.text_encoder.max_length}, not {max_text_len!r}: the "
                 "text encoder has that many positions"
             )
-        load = _refuse_download if download_weights else partial(build_part, SD_1)
+        load = _refuse_download if download_weights else partial(_random, SD_1)
         self._setup(SD_1, load, img_height, img_width, jit_compile)
 
     @classmethod
@@ -104,16 +105,46 @@ class StableDiffusion:
         Raises:
             FileNotFoundError, CheckpointError: as of `open_checkpoint`; tensors that do not fit are
                 found when the network they belong to is first used.
-            TypeError, ValueError: a size does not fit the model, or `dtype` is unknown.
+            TypeError, ValueError: a size does not fit the model, `dtype` is unknown, or the Keras
+                backend is not supported.
         """
         _check_choice("dtype", dtype, DTYPES)
         checkpoint = open_checkpoint(source)
         sd = cls.__new__(cls)
         sd._setup(
             checkpoint.config,
-            lambda part: load_part(checkpoint, part, dtype),
-            checkpoint.config.image_size if img_height is None else img_height,
-            checkpoint.config.image_size if img_width is None else img_width,
+            lambda parts: load_parts(checkpoint, parts, dtype),
+            img_height,
+            img_width,
+            jit_compile,
+        )
+        return sd
+
+    @classmethod
+    def from_models(
+        cls,
+        models: Models,
+        *,
+        img_height: int | None = None,
+        img_width: int | None = None,
+        jit_compile: bool = False,
+    ) -> "StableDiffusion":
+        """Draws with networks that are in memory, such as those in training; they are not copied.
+
+        Args:
+            models: the four networks and their config.
+            img_height, img_width, jit_compile: as of `from_pretrained`.
+
+        Raises:
+            TypeError, ValueError: a size does not fit the model, or the Keras backend is not
+                supported.
+        """
+        sd = cls.__new__(cls)
+        sd._setup(
+            models.config,
+            lambda parts: {part: getattr(models, part) for part in parts},
+            img_height,
+            img_width,
             jit_compile,
         )
         return sd
@@ -121,11 +152,14 @@ class StableDiffusion:
     def _setup(
         self,
         config: ModelConfig,
-        load: Callable[[str], keras.Model],
-        img_height: int,
-        img_width: int,
+        load: Callable[[Sequence[str]], dict[str, keras.Model]],
+        img_height: int | None,
+        img_width: int | None,
         jit_compile: bool,
     ) -> None:
+        backend()  # one that is not supported must not be found after the weights are read
+        img_height = config.image_size if img_height is None else img_height
+        img_width = config.image_size if img_width is None else img_width
         for name, size in (("img_height", img_height), ("img_width", img_width)):
             _check_size(name, size, config.autoencoder.factor)
         self.config = config
@@ -135,26 +169,36 @@ class StableDiffusion:
         self.tokenizer = Tokenizer()
         self.last_seed: int | None = None
         self._load = load
+        self._networks: dict[str, keras.Model] = {}
 
-    @cached_property
+    def _need(self, *parts: str) -> None:
+        """Loads what is not loaded yet: together, so that one error names all that does not fit."""
+        if absent := [part for part in parts if part not in self._networks]:
+            self._networks |= self._load(absent)
+
+    def _network(self, part: str) -> keras.Model:
+        self._need(part)
+        return self._networks[part]
+
+    @property
     def text_encoder(self) -> keras.Model:
         """token_ids (B, 77) int -> (B, 77, width)."""
-        return self._load("text_encoder")
+        return self._network("text_encoder")
 
-    @cached_property
+    @property
     def diffusion_model(self) -> keras.Model:
         """[latents (B, h, w, 4), timesteps (B,), context (B, 77, width)] -> (B, h, w, 4)."""
-        return self._load("unet")
+        return self._network("unet")
 
-    @cached_property
+    @property
     def image_encoder(self) -> keras.Model:
         """images (B, H, W, 3) in [-1, 1] -> (B, h, w, 8): mean and log-variance, unscaled."""
-        return self._load("encoder")
+        return self._network("encoder")
 
-    @cached_property
+    @property
     def image_decoder(self) -> keras.Model:
         """scaled latents (B, h, w, 4) -> images (B, H, W, 3) in [-1, 1]."""
-        return self._load("decoder")
+        return self._network("decoder")
 
     def generate(
         self,
@@ -211,6 +255,7 @@ class StableDiffusion:
             TypeError, ValueError: an argument is not as above; the message names it.
             NotImplementedError: an input image or mask is given, or the model needs one.
             FileNotFoundError, CheckpointError: the model's files do not fit.
+            FloatingPointError: a network overflowed, as some do in float16.
         """
         for name, value in (("input_image", input_image), ("input_mask", input_mask)):
             if value is not None:
@@ -241,14 +286,13 @@ class StableDiffusion:
         start = None
         if diffusion_noise is not None:
             start = _array("diffusion_noise", diffusion_noise, (count, *shape))
-        self.last_seed = _seed(seed, count)
+        self.last_seed = first_seed(seed, count)
         noise = Noise(range(self.last_seed, self.last_seed + count), shape)
 
         with tqdm(
             desc="Loading the model", total=num_steps, unit="step", disable=not progress
         ) as bar:
-            for network in ("text_encoder", "diffusion_model", "image_decoder"):
-                getattr(self, network)  # a damaged file must not be found after the work
+            self._need("text_encoder", "unet", "decoder")  # a damaged file must be found now
             bar.set_description("Reading the text")
             contexts = self._states(positive, count)
             negatives = None if guidance is None else self._states(negative, count)
@@ -262,21 +306,31 @@ class StableDiffusion:
             start = _tensor(scale * (noise.start() if start is None else start))
             for x, _ in method.sample(denoise, start, levels, noise, **options):  # noqa: B007
                 bar.update()
-            latents = ops.convert_to_numpy(x)
+            latents = _finite("denoising", ops.convert_to_numpy(x), self.diffusion_model)
             if output == "latents":
                 return latents
             bar.set_description("Decoding")
             pictures = self._pictures(latents)
         return pictures if output == "float" else unit_to_uint8(pictures)
 
+    def tokenize(self, prompts: str | Sequence[str], name: str = "prompts") -> np.ndarray:
+        """Returns the text encoder's input of prompts: (B, 77) int32.
+
+        Raises:
+            TypeError, ValueError: there are none, or one is not text, or has over 75 tokens. The
+                message calls them `name`.
+        """
+        text = self.config.text_encoder
+        return self.tokenizer.tokenize(_texts(name, prompts), text.max_length, text.pad_token, name)
+
     def encode_text(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Returns the text encoder's states of prompts: (B, 77, width) float32.
 
         Raises:
-            TypeError, ValueError: there are none, one is not text, or has over 75 tokens.
+            TypeError, ValueError: as of `tokenize`.
         """
         prompts = _texts("prompts", prompts)
-        ids = dict(zip(prompts, self._tokenize(prompts), strict=True))  # of each distinct prompt
+        ids = dict(zip(prompts, self.tokenize(prompts), strict=True))  # of each distinct prompt
         states = dict(zip(ids, _one_by_one(self._read, list(ids.values())), strict=True))
         return np.stack([states[prompt] for prompt in prompts])
 
@@ -311,22 +365,20 @@ class StableDiffusion:
 
         Raises:
             TypeError, ValueError: the latents are of another shape or not finite.
+            FloatingPointError: the decoder overflowed, as some do in float16.
         """
         channels = self.config.autoencoder.latent_channels
         return unit_to_uint8(self._pictures(_array("latents", latents, ("B", "h", "w", channels))))
 
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
-        return signed_to_unit(_one_by_one(self._decoder, latents))
+        pictures = _one_by_one(self._decoder, latents)
+        return signed_to_unit(_finite("decoding", pictures, self.image_decoder))
 
     @property
     def _latents_shape(self) -> tuple[int, int, int]:
         factor = self.config.autoencoder.factor
         channels = self.config.autoencoder.latent_channels
         return self.img_height // factor, self.img_width // factor, channels
-
-    def _tokenize(self, prompts: list[str]) -> np.ndarray:
-        text = self.config.text_encoder
-        return self.tokenizer.tokenize(prompts, text.max_length, text.pad_token)
 
     def _conditions(
         self, prompt_name: str, prompt: Any, context_name: str, context: Any
@@ -335,9 +387,8 @@ class StableDiffusion:
         if (prompt is None) == (context is None):
             raise ValueError(f"give {prompt_name} or {context_name}, one of them and not both")
         if context is None:
-            prompts = _texts(prompt_name, prompt)
-            self._tokenize(prompts)  # refuses prompts that are too long
-            return prompts
+            self.tokenize(prompt, prompt_name)  # refuses what cannot be read
+            return _texts(prompt_name, prompt)
         states = (self.config.text_encoder.max_length, self.config.unet.context_width)
         return _array(context_name, context, states, ("n", *states)).reshape(-1, *states)
 
@@ -397,11 +448,28 @@ def _one_by_one(function: Callable, inputs: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([ops.convert_to_numpy(function(one[None])) for one in inputs])
 
 
+def _finite(stage: str, values: np.ndarray, network: keras.Model) -> np.ndarray:
+    """Passes on what a network computed, if it is finite."""
+    if np.isfinite(values).all():
+        return values
+    dtype = network.outputs[0].dtype
+    remedy = (
+        "use dtype='bfloat16' or 'float32'"
+        if dtype == "float16"
+        else "lower the guidance scale, or take another checkpoint"
+    )
+    raise FloatingPointError(f"{stage}: the network overflowed in {dtype}; {remedy}")
+
+
 def _tensor(value: Any) -> Any:
     return ops.convert_to_tensor(value, "float32")
 
 
-def _refuse_download(part: str) -> keras.Model:
+def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:
+    return {part: build_part(config, part) for part in parts}
+
+
+def _refuse_download(parts: Sequence[str]) -> dict[str, keras.Model]:
     raise NotImplementedError(
         "this version cannot fetch the published weights; open a folder that has them with "
         "StableDiffusion.from_pretrained(folder), or give download_weights=False for random ones"
@@ -455,7 +523,12 @@ def _count(given: int, batch_size: Any) -> int:
     return given
 
 
-def _seed(seed: Any, count: int) -> int:
+def first_seed(seed: int | None, count: int) -> int:
+    """The seed of the first of `count` pictures, each of which has the next: given, or drawn.
+
+    Raises:
+        ValueError: one of the seeds is not a whole number from 0 to 2**64 - 1.
+    """
     if seed is None:
         seed = secrets.randbits(32)
         log.info("seed %d", seed)

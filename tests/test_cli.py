@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from stable_diffusion_tf import StableDiffusion
+from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.cli import main, quiet_import, slug
 
 ROOT = Path(__file__).parents[1]
@@ -91,8 +91,10 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
         (["a", "--rescale", "2"], "guidance_rescale must be from 0 to 1"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
-        (["a", "cat " * 76], "the prompt has 76 tokens and only 75 fit"),
-        (["a", "--negative", "cat " * 76], "the prompt has 76 tokens and only 75 fit"),
+        (["a", "cat " * 76], "prompt[1]: 76 tokens and only 75 fit"),
+        (["a", "caf\udce9"], "prompt[1]: not valid text"),
+        (["a", "--negative", "cat " * 76], "negative_prompt: 76 tokens and only 75 fit"),
+        (["a", "b", "--seed", str(2**64 - 1)], "seed must be a whole number from 0 to 2**64 - 2"),
         (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset and no folder"),
         (["a", "--weights", "."], "is not a whole model in the diffusers layout"),
         (["a", "--output", "file/folder"], "file is a file; name another output folder"),
@@ -107,6 +109,36 @@ def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, argum
     assert line.startswith("Error: ")
     assert message in line
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_last_seed_is_the_api_s(sdtf):
+    result = sdtf("a cat", "--steps", "1", "--seed", str(2**64 - 1))
+    assert result.exit_code == 0, result.output
+    assert f"seed {2**64 - 1}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (CheckpointError("a tensor is missing"), "Error: a tensor is missing"),
+        (FloatingPointError("use dtype='float32'"), "Error: use dtype='float32'"),
+        (OSError("no space left"), "Error: no space left"),
+        (ValueError("shapes do not match"), None),
+    ],
+)
+def test_only_what_a_user_can_mend_is_said_in_one_line_while_drawing(
+    sdtf, monkeypatch, error, line
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(StableDiffusion, "_need", fail)
+    result = sdtf("a cat", "--quiet")
+    if line is None:
+        assert result.exception is error  # and Python shows its traceback
+    else:
+        assert result.exit_code == 2
+        assert result.stderr == line + "\n"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_every_uint8_value_survives_each_conversion():
 
 def test_overshooting_floats_are_clipped_and_nan_is_refused():
     np.testing.assert_array_equal(images.signed_to_unit(np.array([-1.5, 1.5])), [0, 1])
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=r"NaN pixels.*bfloat16 or float32"):
         images.unit_to_uint8(np.array([0.5, np.nan]))
 
 
@@ -134,6 +134,16 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(picture, tmp_pa
     with pytest.raises(ValueError, match=r"\(1, 5, 7, 3\)"):
         images.save_png(picture[None], tmp_path / "two.png")
     assert os.listdir(tmp_path) == ["one.png"]
+
+
+@pytest.mark.parametrize(
+    ("pixel", "text"), [(0.5, {"parameters": "caf\udce9"}), (np.nan, {})], ids=["text", "pixels"]
+)
+def test_a_picture_that_cannot_be_written_frees_its_name(tmp_path, pixel, text):
+    path = images.free_path(tmp_path, "one")
+    with pytest.raises(ValueError):
+        images.save_png(np.full((2, 2, 3), pixel), path, text)
+    assert os.listdir(tmp_path) == []
 
 
 def test_free_paths_are_never_given_twice(picture, tmp_path):

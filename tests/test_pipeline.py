@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import FILES, TINY, write_folder
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
+from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.samplers import SAMPLERS
@@ -214,11 +215,36 @@ def test_half_precision_networks_are_stepped_through_in_float32(tiny_model, smal
     assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
 
 
-def test_changed_weights_count(tiny_model):
-    sd = StableDiffusion.from_pretrained(tiny_model)
+@pytest.mark.parametrize(
+    ("output", "dtype", "message"),
+    [
+        ("latents", "mixed_float16", "denoising: .* in float16; use dtype='bfloat16' or 'float32'"),
+        ("image", "float32", "decoding: .* in float32; lower the guidance scale"),
+        ("float", "float32", "decoding: "),
+    ],
+)
+def test_overflow_is_an_error_whatever_is_asked_for(tiny_model, output, dtype, message):
+    sd = StableDiffusion.from_pretrained(tiny_model, img_height=4, img_width=4, dtype=dtype)
+    layer = (
+        sd.diffusion_model.get_layer("conv_out")
+        if output == "latents"
+        else sd.image_decoder.get_layer("decoder.conv_out")
+    )
+    layer.bias.assign(np.full(layer.bias.shape, np.inf))
+    with pytest.raises(FloatingPointError, match=message):
+        sd.generate(PROMPT, num_steps=1, output=output, progress=False)
+
+
+def test_networks_in_memory_draw_as_they_are_now(tiny_model):
+    models = load(tiny_model)
+    sd = StableDiffusion.from_models(models)
+    assert (sd.img_height, sd.img_width) == (TINY.image_size, TINY.image_size)
+    assert sd.diffusion_model is models.unet and sd.image_encoder is models.encoder
     settings = {"num_steps": 1, "seed": 0}
     before = latents(sd, PROMPT, **settings)
-    bias = sd.diffusion_model.get_layer("conv_out").bias
+    opened = StableDiffusion.from_pretrained(tiny_model)
+    np.testing.assert_array_equal(before, latents(opened, PROMPT, **settings))
+    bias = models.unet.get_layer("conv_out").bias
     bias.assign(np.ones(bias.shape))
     assert synth.relative_error(latents(sd, PROMPT, **settings), before) > 1e-3
 
@@ -237,10 +263,13 @@ WRONG = [
     ((7,), {}, TypeError, "prompt must be text or a list of texts, not 7"),
     (([PROMPT, None],), {}, TypeError, "prompt must be text or a list of texts"),
     (([],), {}, ValueError, "prompt is an empty list"),
+    (("caf\udce9",), {}, ValueError, r"^prompt: not valid text, 'caf\\udce9'"),
+    ((PROMPT, "caf\udce9"), {}, ValueError, "negative_prompt: not valid text"),
     ((None,), {}, ValueError, "give prompt or context, one of them"),
     ((PROMPT,), {"context": np.zeros((77, 32))}, ValueError, "one of them and not both"),
-    (("cat " * 76,), {}, ValueError, "76 tokens and only 75 fit"),
-    ((PROMPT, "cat " * 76), {}, ValueError, "76 tokens and only 75 fit"),
+    (("cat " * 76,), {}, ValueError, "^prompt: 76 tokens and only 75 fit"),
+    ((["a", "cat " * 76],), {}, ValueError, r"^prompt\[1\]: 76 tokens and only 75 fit"),
+    ((PROMPT, "cat " * 76), {}, ValueError, "^negative_prompt: 76 tokens and only 75 fit"),
     ((PROMPT, 7), {}, TypeError, "negative_prompt must be text"),
     ((PROMPT, "a"), {"negative_context": np.zeros((77, 32))}, ValueError, "negative_prompt or"),
     ((PROMPT, ["a", "b"]), {}, ValueError, "2 negative prompts or contexts for 1 pictures"),
@@ -298,18 +327,28 @@ def test_a_model_is_opened_with_what_fits_it(tiny_model, settings, error, messag
         StableDiffusion.from_pretrained(tiny_model, **settings)
 
 
+def test_a_backend_that_is_not_supported_is_refused_on_opening(tiny_model, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    with pytest.raises(ValueError, match=r"'torch' is not supported.*to tensorflow or jax"):
+        StableDiffusion.from_pretrained(tiny_model)
+
+
 def test_unknown_weights_are_refused_with_the_known():
     with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji\)"):
         StableDiffusion.from_pretrained("emojis")
 
 
-def test_a_tensor_that_is_missing_is_found_before_the_work(tiny_folder, tiny_weights, capsys):
+def test_tensors_that_do_not_fit_are_all_found_before_the_work(tiny_folder, tiny_weights, capsys):
     tensors = dict(tiny_weights["vae"])
     del tensors["decoder.conv_in.bias"]
     save_safetensors(tensors, tiny_folder / FILES["vae"])
+    tensors = {**tiny_weights["unet"], "surprise": np.zeros(1, np.float32)}
+    save_safetensors(tensors, tiny_folder / FILES["unet"])
     sd = StableDiffusion.from_pretrained(tiny_folder)
-    with pytest.raises(CheckpointError, match=r"1 tensor missing: decoder\.conv_in\.bias"):
+    with pytest.raises(CheckpointError) as caught:
         sd.generate(PROMPT)
+    for expected in ("not part of the model: surprise", "missing: decoder.conv_in.bias"):
+        assert expected in str(caught.value)
     assert "Denoising" not in capsys.readouterr().err
 
 

@@ -43,8 +43,18 @@ def test_longest_prompt_fits_exactly(tokenizer):
 
 
 def test_too_long_a_prompt_is_refused_with_the_part_that_would_be_lost(tokenizer):
-    with pytest.raises(ValueError, match=r"78 tokens and only 75 fit.*by 3.*'wearing red boots'"):
+    with pytest.raises(
+        ValueError, match=r"^prompt: 78 tokens and only 75 fit.*by 3.*'wearing red boots'"
+    ):
         tokenizer.tokenize(["cat " * 75 + "wearing red boots"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [("cat " * 76, "76 tokens"), ("caf\udce9", "not valid text")]
+)
+def test_of_several_texts_the_wrong_one_is_named(tokenizer, wrong, message):
+    with pytest.raises(ValueError, match=rf"^captions\[1\]: {message}"):
+        tokenizer.tokenize(["a cat", wrong, "a dog"], name="captions")
 
 
 @pytest.mark.parametrize("prompt", [None, 7, b"a cat", ["a cat"]])

@@ -7,6 +7,7 @@ vae/diffusion_pytorch_model.safetensors             AutoencoderKL: encoder and d
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class DiffusersFolder:
         return next((path for path in paths if path.exists()), None)
 
     def _other_weights(self) -> str:
-        others = [path for path in self.folder.glob("**/*") if path.suffix in OTHER_WEIGHTS]
-        if not others:
+        paths = chain(self.folder.glob("*"), self.folder.glob("*/*"))  # not all of a home or disk
+        other = next((path.name for path in paths if path.suffix in OTHER_WEIGHTS), None)
+        if other is None:
             return "; download the whole folder"
-        return f" (weights like {others[0].name} are not read; convert them to safetensors)"
+        return f" (weights like {other} are not read; convert them to safetensors)"

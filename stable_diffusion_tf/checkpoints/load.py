@@ -1,5 +1,6 @@
 """A source -> filled models. Total: every variable filled, every tensor used or ignored by name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import keras
@@ -34,24 +35,14 @@ def build_part(config: ModelConfig, part: str, dtype: str | None = None) -> kera
     return MODELS[part](config, dtype)
 
 
-def load_part(source: Source | Checkpoint, part: str, dtype: str | None = None) -> keras.Model:
-    """Build one network and fill it: "text_encoder", "unet", "encoder" or "decoder".
-
-    Tensors are read, assigned and freed one at a time. Arguments and errors as of `load`;
-    `source` may also be what `open_checkpoint` gave.
-    """
-    checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
-    model = build_part(checkpoint.config, part, dtype)
-    for match in checkpoint.match(part, model.weights):
-        match.fill()
-    return model
-
-
-def load(source: Source, dtype: str | None = None) -> Models:
-    """Build and fill all four networks.
+def load_parts(
+    source: Source | Checkpoint, parts: Iterable[str], dtype: str | None = None
+) -> dict[str, keras.Model]:
+    """Build some networks; then fill them, once all the tensors are known to fit.
 
     Args:
-        source: as of `open_checkpoint`.
+        source: as of `open_checkpoint`, or what it gave.
+        parts: of "text_encoder", "unet", "encoder" and "decoder".
         dtype: Keras dtype policy of the networks, such as "float32", "float16" or
             "mixed_bfloat16"; None is Keras's global one. Weights are converted to its variables'.
 
@@ -59,8 +50,8 @@ def load(source: Source, dtype: str | None = None) -> Models:
         FileNotFoundError, CheckpointError: as of `open_checkpoint`; or tensors are missing, left
             over or of the wrong shape, all listed before any is read; or one is not finite.
     """
-    checkpoint = open_checkpoint(source)
-    models = {part: build_part(checkpoint.config, part, dtype) for part in MODELS}
+    checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
+    models = {part: build_part(checkpoint.config, part, dtype) for part in parts}
     matches, problems = [], []
     for part, model in models.items():
         try:
@@ -71,4 +62,10 @@ def load(source: Source, dtype: str | None = None) -> Models:
         raise CheckpointError("\n".join(problems))
     for match in matches:
         match.fill()
-    return Models(checkpoint.config, **models)
+    return models
+
+
+def load(source: Source, dtype: str | None = None) -> Models:
+    """Build and fill all four networks. Arguments and errors as of `load_parts`."""
+    checkpoint = open_checkpoint(source)
+    return Models(checkpoint.config, **load_parts(checkpoint, MODELS, dtype))

@@ -44,30 +44,43 @@ class Tokenizer:
         return [token for word in _WORD.findall(_clean(text)) for token in _encode_word(word)]
 
     def tokenize(
-        self, texts: Sequence[str], max_length: int = 77, pad_token: int = END
+        self,
+        texts: Sequence[str],
+        max_length: int = 77,
+        pad_token: int = END,
+        name: str = "prompt",
     ) -> np.ndarray:
         """Returns the encoder's input, (len(texts), max_length) int32: start, ids, end, padding.
 
         Args:
             texts: prompts of at most `max_length - 2` tokens each (75 for CLIP).
             pad_token: fills each row after its end token: 49407 for SD 1.x, 0 for SD 2.x.
+            name: what errors call the texts: `name`, or `name[i]` of several.
 
         Raises:
             TypeError: `texts` is a bare string, or a prompt is not a string.
-            ValueError: a prompt is too long; names its length and the part that would be lost.
+            ValueError: a prompt has a lone surrogate, as of a byte that was not UTF-8; or it is too
+                long, with its length and the part that would be lost.
         """
         if isinstance(texts, str):
             raise TypeError(f"prompts must be a list of strings, not one string: {texts!r}")
         rows = np.full((len(texts), max_length), pad_token, dtype=np.int32)
-        for row, text in zip(rows, texts, strict=True):
+        for i, text in enumerate(texts):
             ids = self.encode(text)
+            culprit = name if len(texts) == 1 else f"{name}[{i}]"
+            try:
+                text.encode()  # the clean-up above hides it, but nothing can store such text
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{culprit}: not valid text, {text!r} has a lone surrogate; write it in UTF-8"
+                ) from None
             room = max_length - 2
             if len(ids) > room:
                 raise ValueError(
-                    f"the prompt has {len(ids)} tokens and only {room} fit; shorten it by "
+                    f"{culprit}: {len(ids)} tokens and only {room} fit; shorten it by "
                     f"{len(ids) - room}. This part would be lost: {self.decode(ids[room:])!r}"
                 )
-            row[: len(ids) + 2] = [START, *ids, END]
+            rows[i, : len(ids) + 2] = [START, *ids, END]
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:

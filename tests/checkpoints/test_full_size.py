@@ -9,7 +9,7 @@ import pytest
 import synth
 from tiny import write_folder
 
-from stable_diffusion_tf.checkpoints.load import load_part
+from stable_diffusion_tf.checkpoints.load import load_parts
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2_BASE
 
 pytestmark = pytest.mark.full
@@ -58,7 +58,7 @@ def check_unet(unet, name):
 
 def test_text_encoder(checkpoint):
     name, folder = checkpoint
-    model = load_part(folder, "text_encoder")
+    model = load_parts(folder, ["text_encoder"])["text_encoder"]
     golden = synth.golden(f"{name}_text_encoder")
     assert synth.relative_error(model(golden["ids"]), golden["last_hidden_state"]) <= 2e-5
     if name == "sd15":
@@ -67,7 +67,7 @@ def test_text_encoder(checkpoint):
 
 def test_unet(checkpoint):
     name, folder = checkpoint
-    model = load_part(folder, "unet")
+    model = load_parts(folder, ["unet"])["unet"]
     check_unet(model, f"{name}_unet")
     if name == "sd15":
         assert model.count_params() == PARAMETERS["unet"]
@@ -76,12 +76,12 @@ def test_unet(checkpoint):
 def test_autoencoder(checkpoint):
     _, folder = checkpoint
     golden = synth.golden("sd15_vae")
-    encoder = load_part(folder, "encoder")
+    encoder = load_parts(folder, ["encoder"])["encoder"]
     images = np.tanh(synth.inputs("Asd15_vae/image", golden["image_shape"]))
     assert synth.relative_error(encoder(images), golden["moments"]) <= 2e-5
     assert encoder.count_params() == PARAMETERS["encoder"]
 
-    decoder = load_part(folder, "decoder")
+    decoder = load_parts(folder, ["decoder"])["decoder"]
     latents = synth.inputs("Asd15_vae/latents", golden["latents_shape"])
     scaled = latents * np.float32(decoder.config.scale)
     assert synth.relative_error(decoder(scaled), golden["decoded"]) <= 2e-5
@@ -97,4 +97,4 @@ def test_inpainting_unet(checkpoint):
     weights = {key: synth.weight(key, shape) for key, shape in keys.items()}
     write_folder(folder, SD_1_INPAINT, {"unet": weights})
     del weights
-    check_unet(load_part(folder, "unet"), "sd15_inpaint_unet")
+    check_unet(load_parts(folder, ["unet"])["unet"], "sd15_inpaint_unet")

@@ -11,7 +11,7 @@ from tiny import FILES, TINY
 from stable_diffusion_tf.checkpoints import catalog
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.diffusers import DiffusersFolder
-from stable_diffusion_tf.checkpoints.load import MODELS, load, load_part
+from stable_diffusion_tf.checkpoints.load import MODELS, load, load_parts
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 
 
@@ -21,6 +21,10 @@ def rewrite(folder, part, tensors):
 
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def load_part(source, part, dtype=None):
+    return load_parts(source, [part], dtype)[part]
 
 
 def same_weights(one, other):
@@ -177,6 +181,14 @@ def test_missing_files_are_all_named(tiny_folder):
         "weights like diffusion_pytorch_model.bin are not read",
     ):
         assert expected in str(caught.value)
+
+
+def test_a_folder_that_is_no_model_is_not_searched_to_its_depths(tmp_path):
+    deep = tmp_path / "some" / "other" / "project"
+    deep.mkdir(parents=True)
+    (deep / "model.bin").touch()
+    with pytest.raises(FileNotFoundError, match="missing; download the whole folder"):
+        open_checkpoint(tmp_path)
 
 
 def test_truncated_weights_are_refused_on_opening(tiny_folder):

@@ -43,6 +43,14 @@ def test_half_precision_rounds_once(tmp_path, models, dtype):
             np.testing.assert_allclose(after, before, rtol=2**-8, atol=1e-7)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+def test_what_is_saved_is_as_open_to_others_as_any_new_file(tmp_path, models):
+    (tmp_path / "any").touch()
+    save(models, tmp_path / "saved")
+    for path in (tmp_path / "saved").rglob("*.*"):
+        assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, models):
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(FileExistsError, match="tiny exists"):

@@ -1,0 +1,47 @@
+import os
+import stat
+
+import pytest
+
+from stable_diffusion_tf.files import atomic_path
+
+
+def private(path):
+    """Writes a file as the safetensors library does: for its owner only."""
+    path.touch(mode=0o600)
+    path.write_text("new")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+def test_files_get_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "file") as path:
+            private(path)
+        with atomic_path(tmp_path / "folder") as path:
+            (path / "part").mkdir(parents=True)
+            private(path / "part" / "file")
+    finally:
+        os.umask(before)
+    for name in ("file", "folder/part/file"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert os.listdir(tmp_path / "folder" / "part") == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "file", []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_text()))
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert synced == ["old"]
+    assert path.read_text() == "new"
+
+
+def test_what_raises_leaves_nothing(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
