@@ -1,6 +1,11 @@
 import pytest
 import synth
+from hypothesis import settings
 from tiny import FILES, TINY, write_folder
+
+# The same examples on every machine and in every run, however slow.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

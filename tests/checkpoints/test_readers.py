@@ -134,7 +134,7 @@ SPLICES = [b"", b"0", b"1", b"-", b"9" * 20, b'"', b",", b"[", b"}", b"null", b"
            b".0", b" ", b"\n", b"\xc3", b"\\ud800", b"F16", b'"a":', b"NaN", b"\x00"]  # fmt: skip
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@settings(max_examples=400)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(GOOD)), st.integers(0, 12), st.sampled_from(SPLICES)),

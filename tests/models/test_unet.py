@@ -1,0 +1,72 @@
+"""The UNet's timesteps and sizes; its numbers are compared with the reference's elsewhere."""
+
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+from tiny import TINY
+
+from stable_diffusion_tf.models import UNet
+from stable_diffusion_tf.models.layers import dtype_policy
+from stable_diffusion_tf.models.unet import Sinusoids
+
+DEEP = replace(
+    TINY.unet, widths=(32, 32, 64), attention=(True, False, True), heads=(4, 4, 4)
+)  # two halvings, so that a side may be rounded up twice
+
+
+def inputs(timesteps, height=4, width=4):
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((len(timesteps), height, width, 4), dtype=np.float32)
+    context = rng.standard_normal((len(timesteps), 5, 32), dtype=np.float32)
+    return [latents, timesteps, context]
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """What UNets embedded their timesteps as, the latest last."""
+    call, seen = Sinusoids.call, []
+
+    def spy(self, timesteps):
+        seen.append(call(self, timesteps))
+        return seen[-1]
+
+    monkeypatch.setattr(Sinusoids, "call", spy)
+    return seen
+
+
+def sinusoids(timesteps, width):
+    angles = np.outer(timesteps, 10000.0 ** (-np.arange(width // 2) / (width // 2)))
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+TIMESTEPS = [
+    np.array([981, 1], np.int32),
+    np.array([981, 1], np.int64),
+    np.array([957.375, 0], np.float32),  # bfloat16 and float16 would round it, bfloat16 981 too
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["given", "global"])
+def test_timesteps_are_embedded_exactly_under_every_policy(embedded, dtype, policy):
+    with dtype_policy(dtype if policy == "global" else None):
+        unet = UNet(TINY.unet, dtype if policy == "given" else None)
+        for timesteps in TIMESTEPS:
+            predicted = unet(inputs(timesteps))
+            assert keras.backend.standardize_dtype(predicted.dtype) == dtype.removeprefix("mixed_")
+            found = keras.ops.convert_to_numpy(embedded[-1])
+            assert found.dtype == np.float32
+            # Within float32's rounding of the angles; float16's of the result would be 2.4e-4.
+            np.testing.assert_allclose(found, sinusoids(timesteps, 32), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return UNet(DEEP)
+
+
+@pytest.mark.parametrize("size", [(1, 3), (5, 7), (6, 9), (8, 4)])
+def test_the_output_has_the_size_of_the_input(deep, size):
+    assert deep(inputs(np.array([1.0, 2.0], np.float32), *size)).shape == (2, *size, 4)
