@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stable_diffusion_tf.tokenizer import Tokenizer
+from stable_diffusion_tf.tokenizer import Tokenizer, bpe
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "tokenizer.json").read_text("utf-8"))
 
@@ -83,3 +83,21 @@ def test_the_vocabulary_is_read_at_first_use_only():
         "assert bpe._vocabulary.cache_info().misses == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_rows_are_those_of_transformers(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    vocabulary = bpe._vocabulary()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary.ids))
+    merges = ["#version: 0.2", *map(" ".join, vocabulary.ranks)]
+    (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+    theirs = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    # Plain ones: theirs need not repair encodings and unescape HTML as OpenAI's and ours do.
+    texts = [text for text, _ in GOLDENS if text.isascii() and text.isprintable()]
+    texts = [text for text in texts if "&" not in text and len(tokenizer.encode(text)) <= 75]
+    assert len(texts) > 150
+    rows = theirs(texts, padding="max_length", max_length=77).input_ids
+    assert tokenizer.tokenize(texts).tolist() == rows
