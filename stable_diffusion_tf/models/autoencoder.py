@@ -52,7 +52,7 @@ class Decoder(keras.Model):
     def __init__(self, config: AutoencoderConfig, dtype=None, name="image_decoder"):
         latents = keras.Input((None, None, config.latent_channels), name="latents")
         with dtype_policy(dtype):
-            x = layers.Rescaling(1 / config.scale)(latents)
+            x = latents / config.scale
             x = conv(x, config.latent_channels, "post_quant_conv", kernel=1)
             x = conv(x, config.widths[-1], "decoder.conv_in")
             x = middle(x, config, "decoder.mid_block")
