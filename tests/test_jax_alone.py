@@ -39,7 +39,6 @@ assert sd.generate("a cat", num_steps=1, seed=0, progress=False).shape == (1, 32
 
 
 @pytest.mark.full
-@pytest.mark.xfail(reason="Keras's Rescaling, in the decoder, imports TensorFlow on JAX too")
 def test_training_and_generating_on_jax_need_no_tensorflow(tiny_model, tmp_path):
     paths = [str(TESTS), str(TESTS / "training"), str(TESTS.parent)]
     result = subprocess.run(
