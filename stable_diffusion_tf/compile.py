@@ -43,7 +43,7 @@ def training_step(loss, variables, optimizer, jit=False):
         optimizer: a `keras.optimizers.Optimizer`, gradient scaling included.
     """
     optimizer.build(variables)
-    return _BACKENDS[keras.backend.backend()].training_step(loss, variables, optimizer, jit)
+    return backend().training_step(loss, variables, optimizer, jit)
 
 
 class _TensorFlow:
