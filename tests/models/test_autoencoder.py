@@ -18,7 +18,8 @@ def pair(model):
     """Two models that differ by their scale only."""
     keras.utils.set_random_seed(0)
     first, second = model(CONFIG), model(RESCALED)
-    second.set_weights(first.get_weights())
+    for variable, value in zip(second.weights, first.weights, strict=True):
+        variable.assign(value.value)
     return first, second
 
 
