@@ -204,6 +204,8 @@ def test_a_process_starts_silently_and_ends_cleanly_on_ctrl_c(tmp_path, tiny_mod
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A job in the background ignores the signal, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         said = b""
         while process.poll() is None and not re.search(rb"[1-9]\d*/499", said):

@@ -2,7 +2,12 @@
 
 from contextlib import contextmanager
 
-import numpy as np
+from keras import ops
+
+
+def values(variables):
+    """The variables' present values, as NumPy arrays of their own."""
+    return [ops.convert_to_numpy(ops.convert_to_tensor(variable)) for variable in variables]
 
 
 @contextmanager
@@ -11,7 +16,7 @@ def averaged(optimizer, variables):
 
     Without `use_ema=True` in the optimizer there is no average, and nothing changes.
     """
-    own = [np.array(v.numpy()) for v in variables]
+    own = values(variables)
     optimizer.finalize_variable_values(variables)
     try:
         yield

@@ -19,7 +19,7 @@ from tqdm import trange
 
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.files import atomic_path
-from stable_diffusion_tf.training.ema import averaged
+from stable_diffusion_tf.training.ema import averaged, values
 
 
 def train(
@@ -104,7 +104,7 @@ class Saves:
     def save(self, step: int):
         """Writes beside the last save, then takes its place."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.array(v.numpy(), order="C") for name, v in self.variables.items()}
+        arrays = dict(zip(self.variables, values(self.variables.values()), strict=True))
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise FloatingPointError(f"{name} is not finite at step {step}. {self._advice()}")

@@ -16,6 +16,7 @@ from tiny import TINY
 from stable_diffusion_tf.models import TextEncoder, UNet
 from stable_diffusion_tf.tokenizer import Tokenizer
 from stable_diffusion_tf.training.data import noisy_batches
+from stable_diffusion_tf.training.ema import values
 from stable_diffusion_tf.training.loop import train
 from stable_diffusion_tf.training.loss import diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw
@@ -48,7 +49,7 @@ def run(folder: Path, steps: int, stop: int | None = None, dtype="float32", **op
 
 
 def weights(models) -> list[np.ndarray]:
-    return [weight for model in models for weight in model.get_weights()]
+    return values(variable for model in models for variable in model.variables)
 
 
 if __name__ == "__main__":
