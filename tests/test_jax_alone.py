@@ -27,7 +27,7 @@ model, folder = map(Path, sys.argv[1:])
 run(folder / "diffusion", 1)
 
 models = Encoder(TINY.autoencoder), Decoder(TINY.autoencoder)
-images, noise = np.zeros((1, 8, 8, 3), "f"), np.zeros((1, 4, 4, 4), "f")
+images, noise = np.random.default_rng(0).random((1, 8, 8, 3), "f"), np.zeros((1, 4, 4, 4), "f")
 train(
     autoencoder_loss(*models), lambda step: (images, noise), models, adamw(1e-3, 1),
     steps=1, folder=folder / "autoencoder", progress=False,
