@@ -200,7 +200,7 @@ def test_learning_rate_warms_up_stays_and_decays():
     )
 
 
-def start(folder, steps=400):
+def start(folder, steps=150):
     """A fresh process that trains in `folder`."""
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), str(root / "tests")])
