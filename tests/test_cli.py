@@ -195,7 +195,16 @@ def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
     assert capfd.readouterr().err == "the cause"
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A job in the background ignores the signal, and what it starts inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_process_starts_silently_and_ends_cleanly_on_ctrl_c(tmp_path, tiny_model, monkeypatch):
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # a backend here may have set it
     sdtf = [sys.executable, "-m", "stable_diffusion_tf", "generate", "a cat", "--steps", "499"]
@@ -204,8 +213,6 @@ def test_a_process_starts_silently_and_ends_cleanly_on_ctrl_c(tmp_path, tiny_mod
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A job in the background ignores the signal, and what it starts inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         said = b""
         while process.poll() is None and not re.search(rb"[1-9]\d*/499", said):

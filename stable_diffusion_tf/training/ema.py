@@ -7,7 +7,7 @@ from keras import ops
 
 def values(variables):
     """The variables' present values, as NumPy arrays of their own."""
-    return [ops.convert_to_numpy(ops.convert_to_tensor(variable)) for variable in variables]
+    return [ops.convert_to_numpy(ops.copy(variable)) for variable in variables]
 
 
 @contextmanager
