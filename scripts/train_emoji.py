@@ -41,7 +41,7 @@ from stable_diffusion_tf.pipeline import StableDiffusion
 from stable_diffusion_tf.training.data import NOISE, noisy_batches, random, shuffled
 from stable_diffusion_tf.training.loop import train
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, diffusion_loss
-from stable_diffusion_tf.training.optimizer import adamw
+from stable_diffusion_tf.training.optimizer import adamw, muon
 
 EMOJI = ModelConfig(
     name="emoji",
@@ -63,8 +63,8 @@ EMOJI = ModelConfig(
     guidance=3.0,
 )
 
-
 SEED = 0
+SHIFT = 3.0  # of the timesteps drawn, towards noise
 
 
 @click.command(help=__doc__)
@@ -181,15 +181,17 @@ def train_diffusion(models, latents, captions, *, dtype, norm, steps, folder, ji
             models.config.schedule,
             batch_size=batch_size,
             seed=SEED,
+            shift=SHIFT,
         ),
         [models.text_encoder, models.unet],
-        adamw(1e-3, steps, loss_scaling=dtype == "mixed_float16"),
+        muon(1e-3, steps, loss_scaling=dtype == "mixed_float16"),
         steps=steps,
         folder=folder,
         recipe={
             "dtype": dtype,
             "norm": norm,
             "batch_size": batch_size,
+            "shift": SHIFT,
             "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
         },
         save_every=400,

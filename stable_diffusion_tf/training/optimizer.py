@@ -1,4 +1,6 @@
-"""AdamW with the settings that the trainings here share."""
+"""The optimizers of the trainings here, with the settings that they share."""
+
+import math
 
 import keras
 from keras import ops
@@ -26,6 +28,27 @@ class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
         return {name: getattr(self, name) for name in names}
 
 
+@keras.saving.register_keras_serializable("stable_diffusion_tf")
+class Muon(keras.optimizers.Muon):
+    """Keras's Muon for convolutions too: a kernel is the matrix (height * width * in, out).
+
+    The momentum of a matrix is replaced by the nearest orthogonal one, so that rare directions
+    learn as fast as frequent ones (Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled
+    to AdamW's rates as in Liu et al. 2025, arXiv:2502.16982). Vectors and embeddings get AdamW.
+    """
+
+    def _should_use_adamw(self, variable):
+        return len(variable.shape) < 2 or "embedding" in variable.path
+
+    def zeropower_via_newtonschulz5(self, x, steps):
+        matrix = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "bfloat16")
+        orthogonal = super().zeropower_via_newtonschulz5(matrix, steps)
+        return ops.cast(ops.reshape(orthogonal, x.shape), x.dtype)
+
+    def lr_adjust(self, x):
+        return x * (self.rms_rate * math.sqrt(max(math.prod(x.shape[:-1]), x.shape[-1])))
+
+
 def adamw(rate, steps, ema_momentum=0.999, loss_scaling=False):
     """AdamW (arXiv:1711.05101) that clips gradients and keeps a moving average of the weights.
 
@@ -34,12 +57,26 @@ def adamw(rate, steps, ema_momentum=0.999, loss_scaling=False):
         ema_momentum: of the average; about the last 1 / (1 - momentum) steps count.
         loss_scaling: for float16, whose small gradients vanish otherwise.
     """
-    optimizer = keras.optimizers.AdamW(
-        WarmupStableDecay(rate, steps),
-        weight_decay=1e-4,
-        beta_2=0.99,
-        global_clipnorm=1.0,
-        use_ema=True,
-        ema_momentum=ema_momentum,
-    )
+    common = _common(rate, steps, ema_momentum)
+    return _scaled(keras.optimizers.AdamW(beta_2=0.99, **common), loss_scaling)
+
+
+def muon(rate, steps, ema_momentum=0.999, loss_scaling=False):
+    """`Muon` with the settings of `adamw`: the same rates fit, fewer steps are needed."""
+    common = _common(rate, steps, ema_momentum)
+    decay = common["weight_decay"]
+    return _scaled(Muon(adam_beta_2=0.99, adam_weight_decay=decay, **common), loss_scaling)
+
+
+def _common(rate, steps, ema_momentum):
+    return {
+        "learning_rate": WarmupStableDecay(rate, steps),
+        "weight_decay": 1e-4,
+        "global_clipnorm": 1.0,
+        "use_ema": True,
+        "ema_momentum": ema_momentum,
+    }
+
+
+def _scaled(optimizer, loss_scaling):
     return keras.optimizers.LossScaleOptimizer(optimizer) if loss_scaling else optimizer
