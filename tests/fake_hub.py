@@ -4,18 +4,27 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
+from pathlib import Path
 from urllib.parse import unquote
+
+import pytest
+from huggingface_hub import constants
+
+from stable_diffusion_tf.checkpoints.hub import announce
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves {repository: {file name: content}} while it is entered.
+    """Serves `repositories` while it is entered.
 
     Attributes:
+        repositories: {name: {file name: content}}.
+        license: of all of them.
         url: where it is.
         faults: what becomes of each download, one after the other; then all is well. See below.
         status: what every request is answered with, or 200.
@@ -24,9 +33,9 @@ class FakeHub:
         downloading: set when a download begins.
     """
 
-    def __init__(self, repositories: dict[str, dict[str, bytes]], license: str = "some-license"):
-        self.repositories = repositories
-        self.license = license
+    def __init__(self):
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.license = "some-license"
         self.faults = iter(())
         self.status = 200
         self.content_host: FakeHub | None = None
@@ -47,7 +56,26 @@ class FakeHub:
         self._server.server_close()
 
     def downloads(self) -> list[str]:
-        return [path for method, path, _ in self.requests if method == "GET" and "resolve" in path]
+        """The names of the files that were downloaded, in order."""
+        asked = [path for method, path, _ in self.requests if method == "GET"]
+        return [re.sub(r".*/resolve/\w+/", "", path) for path in asked if "/resolve/" in path]
+
+
+def connect(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make huggingface_hub use this hub, a cache in `folder`, and wait for nothing."""
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 0.2,
+        "HF_TOKEN_PATH": str(folder / "token"),
+        "DOWNLOAD_CHUNK_SIZE": 64,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    announce.cache_clear()
 
 
 class Handler(BaseHTTPRequestHandler):

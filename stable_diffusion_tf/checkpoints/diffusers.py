@@ -6,7 +6,7 @@ vae/diffusion_pytorch_model.safetensors             AutoencoderKL: encoder and d
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,19 @@ JSON_FILES = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
+TOKENIZER_FILES = ("tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json")
+
+
+def find_weights(part: str, exists: Callable[[str], bool]) -> str | None:
+    """Of the files in a folder, the one with the weights of `part`: its path in the folder."""
+    return next(filter(exists, (FILES[part] + ending for ending in ENDINGS)), None)
+
+
+def missing_files(exists: Callable[[str], bool]) -> list[str]:
+    """What a folder lacks in which these files exist."""
+    found = {stem: find_weights(part, exists) for part, stem in FILES.items()}
+    missing = [name for name in JSON_FILES if not exists(name)]
+    return missing + [stem + ENDINGS[0] for stem, name in found.items() if name is None]
 
 
 class DiffusersFolder:
@@ -91,30 +104,22 @@ class DiffusersFolder:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        paths = {part: self._find(stem) for part, stem in FILES.items()}
-        missing = [name for name in JSON_FILES if not (self.folder / name).exists()]
-        missing += [
-            FILES[part] + ENDINGS[0]
-            for part, path in paths.items()
-            if path is None and part != "decoder"  # the encoder's file
-        ]
-        if missing:
+        if missing := missing_files(self._exists):
             raise FileNotFoundError(
                 f"{self.folder} is not a whole model in the diffusers layout: "
                 f"{', '.join(missing)} missing{self._other_weights()}."
             )
         self.config = read_config(self.folder)
         self._files: dict[str, TensorFile] = {
-            part: open_tensors(path) for part, path in paths.items() if path is not None
+            part: open_tensors(self.folder / find_weights(part, self._exists)) for part in FILES
         }
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
         """The tensor for each variable of `part`; CheckpointError unless all of them fit."""
         return match(variables, self._files[part], TABLES[part])
 
-    def _find(self, stem: str) -> Path | None:
-        paths = (self.folder / (stem + ending) for ending in ENDINGS)
-        return next((path for path in paths if path.exists()), None)
+    def _exists(self, name: str) -> bool:
+        return (self.folder / name).exists()
 
     def _other_weights(self) -> str:
         paths = chain(self.folder.glob("*"), self.folder.glob("*/*"))  # not all of a home or disk

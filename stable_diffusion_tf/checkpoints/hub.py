@@ -57,7 +57,7 @@ def fetch(file: HubFile) -> Path:
     stored_before = _stored(file.repo)
     path = cached(file)
     if path is None:
-        _announce(file.repo, file.license, file.sha256 is not None)
+        announce(file.repo, file.license, file.sha256 is not None)
     if path is None or file.sha256 is None:
         path = _download(file)
     expected = expected_hash(file, path)
@@ -136,7 +136,7 @@ def _download(file: HubFile) -> Path:
 
 
 @cache  # once a repository
-def _announce(repo: str, license: str, pinned: bool) -> None:
+def announce(repo: str, license: str, pinned: bool) -> None:
     """Says on the screen what is about to be downloaded, and under whose terms."""
     if not license:
         return
@@ -194,7 +194,8 @@ REASONS: dict[str | int | None, tuple[str, str]] = {
     ),
     "RepositoryNotFoundError": (
         "there is no such repository, or it is private",
-        "Check its name; for a private one put an access token into HF_TOKEN",
+        "Check its name, or the path if a folder was meant; for a private one put an access token "
+        "into HF_TOKEN",
     ),
     "RevisionNotFoundError": ("the repository has no such revision", "Check its name"),
     "EntryNotFoundError": ("the repository has no such file", "Check its name"),

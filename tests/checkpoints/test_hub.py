@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,8 +13,14 @@ import pytest
 from fake_hub import FakeHub, always
 from huggingface_hub import constants
 
-from stable_diffusion_tf.checkpoints import hub as ours
-from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile, cached, fetch, is_whole
+from stable_diffusion_tf.checkpoints.hub import (
+    DownloadError,
+    HubFile,
+    announce,
+    cached,
+    fetch,
+    is_whole,
+)
 
 REPO = "someone/some-model"
 CONTENT = bytes(range(256)) * 4
@@ -25,23 +30,9 @@ UNPINNED = HubFile(REPO, "weights.h5", license="Some Licence")
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub, an empty cache, and no patience."""
-    with FakeHub({REPO: {"weights.h5": CONTENT, "model_index.json": b"{}"}}) as hub:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.2,
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "DOWNLOAD_CHUNK_SIZE": 64,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        ours._announce.cache_clear()
-        yield hub
+def hub(hub):
+    hub.repositories[REPO] = {"weights.h5": CONTENT, "model_index.json": b"{}"}
+    return hub
 
 
 def refused(file=PINNED):
@@ -148,7 +139,8 @@ def test_no_hub_at_all(hub):
 
 def test_another_host_gets_no_token(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with FakeHub(hub.repositories) as other:
+    with FakeHub() as other:
+        other.repositories = hub.repositories
         hub.content_host = other
         assert fetch(PINNED).read_bytes() == CONTENT
         assert {authorization for *_, authorization in hub.requests} == {"Bearer hf_secret"}
@@ -203,7 +195,7 @@ def test_the_licence_is_shown_at_the_first_download(hub, capsys):
     assert f"{hub.url}/{REPO}. Their licence: Some Licence." in said
     assert "They are unpinned" in said
     assert "No safety checker" in said
-    ours._announce.cache_clear()
+    announce.cache_clear()
     fetch(UNPINNED)
     assert "licence" not in capsys.readouterr().err
     fetch(HubFile(REPO, "model_index.json"))

@@ -201,8 +201,8 @@ def test_truncated_weights_are_refused_on_opening(tiny_folder):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("emojis", r"Unknown weights 'emojis'.*preset \(emoji\)"),
-        ("someone/some-model", "loads local models only"),
+        ("emojis", r"Unknown weights 'emojis'.*preset \(emoji, sd-v1-4-keras, "),
+        ("./someone/some-model", "no folder and no name of a repository"),
         ("", "Unknown weights"),
     ],
 )
