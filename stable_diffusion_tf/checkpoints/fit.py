@@ -18,13 +18,16 @@ class Table:
     """How a format names and lays out one network's weights: rules, not a list of names.
 
     A variable `some.layer/kernel` is the tensor `prefix` + `some.layer.` + what `suffixes` says
-    for `kernel`. `axes` says, for a suffix and a rank, which axis of the tensor is each axis of
-    the variable. Patterns are regular expressions, searched for in a tensor's name.
+    for `kernel`, as changed by `renames` one after another. `axes` says, for a suffix and a rank,
+    which axis of the tensor is each axis of the variable. Patterns are regular expressions,
+    searched for in a tensor's name.
     """
 
     suffixes: dict[str, str]
     axes: dict[tuple[str, int], tuple[int, ...]]
     prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): ours -> theirs
+    pieces: tuple[str, ...] = ()  # patterns of ours that are stacked in one tensor, in order
     aliases: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): older names -> today's
     ignored: tuple[str, ...] = ()  # patterns of tensors that no network needs
     pointwise: str = r"(?!)"  # pattern of matrices that may be stored as 1x1 convolutions
@@ -35,13 +38,19 @@ class Table:
         rank = len(variable.shape)
         axes = self.axes.get((suffix, rank), tuple(range(rank)))
         shape = tuple(int(variable.shape[axes.index(axis)]) for axis in range(rank))
-        return f"{self.prefix}{layer}.{self.suffixes[suffix]}", shape, axes
+        name = _renamed(f"{layer}.{self.suffixes[suffix]}", self.renames)
+        return self.prefix + name, shape, axes
+
+    def piece(self, variable: Any) -> tuple[int, int]:
+        """Which part of its tensor a variable is, along the first axis, and of how many."""
+        for i, pattern in enumerate(self.pieces):
+            if re.search(pattern, variable.path):
+                return i, len(self.pieces)
+        return 0, 1
 
     def todays_name(self, name: str) -> str:
         """What a tensor that a file calls `name` is called today."""
-        for pattern, replacement in self.aliases:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return _renamed(name, self.aliases)
 
     def ignores(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)
@@ -129,6 +138,12 @@ def match(variables: Sequence[Any], file: TensorFile, table: Table) -> list[Matc
             + "\nTake the config and the weights from the same checkpoint."
         )
     return matches
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
