@@ -82,6 +82,12 @@ def main() -> None:
 @click.option(
     "--weights", default="emoji", show_default=True, help="A preset, or a model's folder."
 )
+@click.option("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
+@click.option(
+    "--prediction",
+    type=click.Choice(["epsilon", "v"]),
+    help="What a single file's network predicts, where nothing says it.",
+)
 @click.option(
     "--dtype",
     default="float32",
@@ -109,6 +115,8 @@ def generate(
     eta: float,
     rescale: float,
     weights: str,
+    vae: str | None,
+    prediction: str | None,
     dtype: str,
     jit: bool,
     output: Path,
@@ -135,7 +143,13 @@ def generate(
 
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
-            weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
+            weights,
+            img_height=height,
+            img_width=width,
+            dtype=dtype,
+            jit_compile=jit,
+            vae=vae,
+            prediction=prediction,
         )
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt")

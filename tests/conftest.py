@@ -24,3 +24,13 @@ def tiny_folder(tmp_path, tiny_weights):
 def tiny_model(tmp_path_factory, tiny_weights):
     """The same folder, one for the whole run: to open only."""
     return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_weights)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A model hub with nothing on it yet, an empty cache, and no patience."""
+    import fake_hub
+
+    with fake_hub.FakeHub() as hub:
+        fake_hub.connect(hub, tmp_path, monkeypatch)
+        yield hub

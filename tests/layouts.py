@@ -117,19 +117,20 @@ def clip(weights):
     return named
 
 
-def open_clip(weights):
-    """With a fourth layer that is not used."""
+def open_clip(weights, layers=3):
+    """With one layer more, which is not used."""
     w = {name.removeprefix("text_model."): weight for name, weight in weights.items()}
     named = {
         "token_embedding.weight": w["embeddings.token_embedding.weight"],
         "positional_embedding": w["embeddings.position_embedding.weight"],
         "ln_final.weight": w["final_layer_norm.weight"],
         "ln_final.bias": w["final_layer_norm.bias"],
-        "text_projection": np.eye(32, dtype=np.float32),
+        "text_projection": np.eye(len(w["final_layer_norm.bias"]), dtype=np.float32),
         "logit_scale": np.float32(4.6),
     }
-    for layer in range(4):
-        theirs, ours = f"transformer.resblocks.{layer}", f"encoder.layers.{min(layer, 2)}"
+    for layer in range(layers + 1):
+        theirs = f"transformer.resblocks.{layer}"
+        ours = f"encoder.layers.{min(layer, layers - 1)}"
         for kind in ("weight", "bias"):
             for our_name, name in OPEN_CLIP.items():
                 named[f"{theirs}.{name}.{kind}"] = w[f"{ours}.{our_name}.{kind}"]
@@ -347,15 +348,19 @@ def tensor(dtype, key, shape, count=None, offset=0, strides=None):
 
 
 def described(tensors):
-    """The pickle of {"epoch": 3, "state_dict": OrderedDict(tensors)}, and the storages' bytes."""
+    """The pickle of {"epoch": 3, "state_dict": OrderedDict(tensors)}; a storage for each."""
     items = b"".join(
         text(name) + tensor(value.dtype.str, str(i), value.shape)
         for i, (name, value) in enumerate(tensors.items())
     )
     table = said("collections", "OrderedDict") + b")R(" + items + b"u"
     table += b"}" + text("_metadata") + b"}sb"  # attributes of the OrderedDict
-    data = b"\x80\x02}(" + text("epoch") + integer(3) + text("state_dict") + table + b"u."
-    return data, {str(i): value.tobytes() for i, value in enumerate(tensors.values())}
+    return b"\x80\x02}(" + text("epoch") + integer(3) + text("state_dict") + table + b"u."
+
+
+def contents(tensors):
+    """The bytes of each storage."""
+    return {str(i): value.tobytes() for i, value in enumerate(tensors.values())}
 
 
 def zipped(data, storages, folder="archive"):
@@ -380,7 +385,7 @@ def legacy(data, storages, sizes):
 
 
 def write_ckpt(path, tensors, old=False):
-    data, storages = described(tensors)
+    data, storages = described(tensors), contents(tensors)
     sizes = {str(i): value.itemsize for i, value in enumerate(tensors.values())}
     path.write_bytes(legacy(data, storages, sizes) if old else zipped(data, storages))
 

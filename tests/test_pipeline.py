@@ -8,7 +8,8 @@ import synth
 from PIL import Image
 from tiny import FILES, TINY, write_folder
 
-from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
+from stable_diffusion_tf import CheckpointError, DownloadError, StableDiffusion, pipeline
+from stable_diffusion_tf.checkpoints.catalog import PRESETS, STABLE_DIFFUSION
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
@@ -334,7 +335,7 @@ def test_a_backend_that_is_not_supported_is_refused_on_opening(tiny_model, monke
 
 
 def test_unknown_weights_are_refused_with_the_known():
-    with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji\)"):
+    with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji, sd-"):
         StableDiffusion.from_pretrained("emojis")
 
 
@@ -383,17 +384,21 @@ def test_an_inpainting_model_is_refused(tmp_path, tiny_weights):
 class TestTheEarlierPortsConstructor:
     @pytest.fixture(autouse=True)
     def tiny(self, monkeypatch):
-        monkeypatch.setattr(pipeline, "SD_1", TINY)
+        published = replace(PRESETS[STABLE_DIFFUSION], config=TINY)
+        monkeypatch.setitem(PRESETS, STABLE_DIFFUSION, published)
 
     def test_random_weights(self):
         sd = StableDiffusion(32, 48, download_weights=False)
         assert sd.generate(PROMPT, num_steps=1, progress=False).shape == (1, 32, 48, 3)
         assert isinstance(sd.image_encoder, keras.Model)
 
-    def test_published_weights_are_asked_for_at_first_use_only(self):
+    def test_published_weights_are_asked_for_at_first_use_only(self, hub):
         sd = StableDiffusion(32, 48)
-        with pytest.raises(NotImplementedError, match=r"from_pretrained.*download_weights=False"):
-            sd.generate(PROMPT)
+        assert hub.requests == []
+        with pytest.raises(DownloadError, match=r"decoder\.h5 cannot be fetched"):
+            sd.decode(np.zeros((1, 16, 24, 4)))
+        asked = [path for _, path, _ in hub.requests if path.endswith(".h5")]
+        assert {path.rpartition("/")[2] for path in asked} == {"decoder.h5"}
 
     @pytest.mark.parametrize(
         ("args", "message"),

@@ -9,6 +9,7 @@ Each may be PyTorch's `.bin` instead, or an index (`.index.json`) of several fil
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from stable_diffusion_tf.checkpoints.config_json import read_config
@@ -131,7 +132,9 @@ def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Checkp
     config = read_config(folder)
     names = {part: find_weights(part, exists, variant) for part in FILES}
     files = {name: open_tensors(folder / name) for name in dict.fromkeys(names.values())}
-    return Checkpoint(config, {part: (files[names[part]], TABLES[part]) for part in FILES})
+    return Checkpoint(
+        config, {part: partial(TABLES[part].match, file=files[names[part]]) for part in FILES}
+    )
 
 
 def _ending(ending: str, variant: str | None) -> str:

@@ -139,12 +139,15 @@ class PartTable(Protocol):
     def match(self, variables: Sequence[Any], file: TensorFile) -> list[Match]: ...
 
 
+Part = Callable[[Sequence[Any]], list[Match]]  # what fills a network's variables; or an error
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened source, of whatever format: the files that hold its networks, and their tables."""
+    """An opened source, of whatever format: what model it is, and what fills which networks."""
 
     config: ModelConfig
-    parts: Mapping[str, tuple[TensorFile, PartTable]]
+    parts: Mapping[str, Part]
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
         """What fills the variables of "text_encoder", "unet", "encoder" or "decoder".
@@ -157,8 +160,7 @@ class Checkpoint:
                 f"{self.config.name} has no {part}, only {', '.join(self.parts)}; name a file that "
                 "holds it."
             )
-        file, table = self.parts[part]
-        return table.match(variables, file)
+        return self.parts[part](variables)
 
 
 def misfit(file: TensorFile, name: str, needed: tuple[int, ...]) -> list[str]:

@@ -12,11 +12,12 @@ import pytest
 import synth
 from tiny import FILES, TINY
 
-from stable_diffusion_tf.checkpoints.catalog import PARTS, open_checkpoint
+from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.compvis import tables
 from stable_diffusion_tf.checkpoints.diffusers import TABLES
 from stable_diffusion_tf.checkpoints.keras_h5 import InOrder
 from stable_diffusion_tf.checkpoints.layouts import find_config
+from stable_diffusion_tf.checkpoints.local import PARTS
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 
@@ -56,7 +57,8 @@ class Named:
 def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, functional):
     paths = layouts.write_keras(tmp_path / "h5", tiny_weights, functional)
     checkpoint = open_checkpoint(tmp_path / "h5", config=TINY)
-    assert {part: file.path for part, (file, _) in checkpoint.parts.items()} == paths
+    found = {part: match.keywords["file"].path for part, match in checkpoint.parts.items()}
+    assert found == paths
     check(checkpoint, tiny_weights)
 
     alone = open_checkpoint({"decoder": paths["decoder"]}, config=TINY)
@@ -243,8 +245,15 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weig
     path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     assert prediction() == "v"
     assert prediction(prediction="epsilon") == "epsilon"
+    save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": "epsilon"})
+    assert prediction() == "epsilon"  # the file itself before what lies beside it
     with pytest.raises(ValueError, match="'epsilon' or 'v', not 'sample'"):
         prediction(prediction="sample")
+
+
+def test_a_config_is_only_for_files_without_one(tiny_model):
+    with pytest.raises(ValueError, match="has a config of its own"):
+        open_checkpoint(tiny_model, config=SD_1)
 
 
 def wrong(tmp_path, content):

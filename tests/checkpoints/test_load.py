@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import layouts
 import ml_dtypes
 import numpy as np
 import pytest
@@ -81,6 +82,19 @@ def test_old_names_and_layouts_are_the_same_model(tiny_folder, tiny_weights):
 
     assert same_weights(load_part(tiny_folder, "text_encoder"), today[0])
     assert same_weights(load_part(tiny_folder, "encoder"), today[1])
+
+
+@pytest.mark.parametrize("layout", ["CompVis", "Keras", "KerasCV"])
+def test_other_layouts_are_the_same_model(tmp_path, tiny_model, tiny_weights, layout):
+    if layout == "CompVis":
+        path = tmp_path / "model.ckpt"
+        layouts.write_ckpt(path, layouts.compvis(tiny_weights))
+    else:
+        path = layouts.write_keras(tmp_path / "h5", tiny_weights, functional=layout == "KerasCV")
+    expected = load(tiny_model)
+    found = load_parts(open_checkpoint(path, config=TINY), MODELS)
+    for part, model in found.items():
+        assert same_weights(model, getattr(expected, part))
 
 
 def test_shards_and_half_precision_files_load(tiny_folder, tiny_weights):
@@ -190,8 +204,8 @@ def test_truncated_weights_are_refused_on_opening(tiny_folder):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("emojis", r"Unknown weights 'emojis'.*preset \(emoji\)"),
-        ("someone/some-model", "loads local models only"),
+        ("emojis", r"Unknown weights 'emojis'.*preset \(emoji, sd-v1-4-keras, "),
+        ("./someone/some-model", "no folder and no name of a repository"),
         ("", "Unknown weights"),
     ],
 )
@@ -217,8 +231,10 @@ def test_presets_are_found_in_a_clone_and_in_a_wheel(tmp_path, tiny_folder, monk
         (parent / "weights").mkdir()
         (parent / "weights" / "emoji").symlink_to(tiny_folder)
         checkpoint = open_checkpoint("emoji")
-        file, _ = checkpoint.parts["unet"]
-        assert file.path == parent / "weights" / "emoji" / FILES["unet"]
+        assert (
+            checkpoint.parts["unet"].keywords["file"].path
+            == parent / "weights" / "emoji" / FILES["unet"]
+        )
 
 
 @pytest.mark.parametrize(

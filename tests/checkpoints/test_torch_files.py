@@ -318,8 +318,8 @@ def test_zip_headers_that_lie_are_refused(nothing_happens, data):
 
 
 def test_legacy_files_that_are_cut_or_lie_are_refused(tmp_path):
-    whole = layouts.legacy(*layouts.described(TENSORS), {str(i): v.itemsize for i, v in
-                                                        enumerate(TENSORS.values())})  # fmt: skip
+    sizes = {str(i): value.itemsize for i, value in enumerate(TENSORS.values())}
+    whole = layouts.legacy(layouts.described(TENSORS), layouts.contents(TENSORS), sizes)
     path = tmp_path / "bad.ckpt"
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
