@@ -86,6 +86,12 @@ def main() -> None:
     metavar="MODEL",
     help="A preset (see `sdtf weights list`), a folder, or owner/name on a hub.",
 )
+@click.option("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
+@click.option(
+    "--prediction",
+    type=click.Choice(["epsilon", "v"]),
+    help="What a single file's network predicts, where nothing says it.",
+)
 @click.option(
     "--dtype",
     default="float32",
@@ -113,6 +119,8 @@ def generate(
     eta: float,
     rescale: float,
     weights: str,
+    vae: str | None,
+    prediction: str | None,
     dtype: str,
     jit: bool,
     output: Path,
@@ -141,7 +149,13 @@ def generate(
 
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
-            weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
+            weights,
+            img_height=height,
+            img_width=width,
+            dtype=dtype,
+            jit_compile=jit,
+            vae=vae,
+            prediction=prediction,
         )
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt")

@@ -99,19 +99,24 @@ class StableDiffusion:
         img_width: int | None = None,
         dtype: str = "float32",
         jit_compile: bool = False,
+        **options: Any,
     ) -> "StableDiffusion":
         """Opens a model: its files are checked now, its weights are read at first use.
 
         Weights on a hub are fetched at first use too, part by part.
 
         Args:
-            source: a preset, such as "emoji"; a folder in the diffusers layout; a repository on a
-                hub in that layout, "owner/name"; or a file in one, "owner/name/path".
+            source: a preset, such as "emoji"; a folder in the diffusers layout or with Keras's h5
+                files; a single CompVis or Stability file, `.safetensors` or `.ckpt`; files by
+                network, {"unet": path, …}; a repository on a hub in the diffusers layout,
+                "owner/name"; or a file in one, "owner/name/path".
             img_height, img_width: multiples of the autoencoder's factor (8 for Stable Diffusion);
                 None: the model's own.
             dtype: of the networks: "float32", "float16", "bfloat16", "mixed_float16" or
                 "mixed_bfloat16". The noise levels are stepped through in float32 whatever it is.
             jit_compile: compile through XLA: slower to start, then faster.
+            options: `prediction`, `vae`, `ema`, `variant` and `config`, as of
+                `checkpoints.catalog.open_checkpoint`.
 
         Raises:
             FileNotFoundError, CheckpointError, DownloadError: as of `open_checkpoint`; tensors that
@@ -120,7 +125,7 @@ class StableDiffusion:
                 backend is not supported.
         """
         _check_choice("dtype", dtype, DTYPES)
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, **options)
         sd = cls.__new__(cls)
         sd._setup(
             checkpoint.config,

@@ -1,21 +1,28 @@
-"""Where models come from: presets, hub ids and folders. Imports no backend."""
+"""Where models come from: presets, hub ids, folders and files. Imports no backend."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from stable_diffusion_tf.checkpoints.diffusers import DiffusersFolder
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Match
 from stable_diffusion_tf.checkpoints.hub import HubFile, fetch
 from stable_diffusion_tf.checkpoints.hub_folder import HubFolder, cached_files
+from stable_diffusion_tf.checkpoints.local import (
+    PARTS,
+    listing,
+    open_parts,
+    open_path,
+    open_vae,
+)
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import SD_1, SD_2_BASE, ModelConfig
 
-Source = str | os.PathLike
+Source = str | os.PathLike | Mapping  # of networks to files
 
 
 @dataclass(frozen=True)
@@ -126,18 +133,6 @@ REPOSITORIES = {
 STABLE_DIFFUSION = "sd-v1-4-keras"  # what `StableDiffusion()` draws with
 
 
-class HubParts:
-    """A model of one file a part, each fetched when the part is first used."""
-
-    def __init__(self, config: ModelConfig, files: dict[str, HubFile]):
-        self.config = config
-        self._files = files
-
-    def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
-        """As of `Checkpoint`; DownloadError when the part's file cannot be had."""
-        return open_checkpoint({part: fetch(self._files[part])}).match(part, variables)
-
-
 def preset_folder(name: str) -> Path:
     """Where a preset's files are: inside the installed package, or beside it in a clone.
 
@@ -155,39 +150,96 @@ def preset_folder(name: str) -> Path:
     )
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
+def open_checkpoint(
+    source: Source,
+    *,
+    config: ModelConfig | None = None,
+    prediction: Literal["epsilon", "v"] | None = None,
+    vae: str | os.PathLike | None = None,
+    ema: bool = False,
+    variant: str | None = None,
+) -> Checkpoint:
     """Find and check a checkpoint without reading its weights; `.config` says what it holds.
 
     Weights on a hub are fetched when they are first needed, part by part. A single file of a
     repository is fetched at once: only its tensors say what it holds.
 
     Args:
-        source: the name of a preset; a folder in the diffusers layout (a folder that has a preset's
-            name is written `./name`); or, where there is no such path, "owner/name" of a repository
-            in the diffusers layout, or "owner/name/path" of a file in one.
+        source: the name of a preset; a folder in the diffusers layout or with Keras's h5 files (one
+            that has a preset's name is written `./name`); a single CompVis or Stability file; or
+            files by network, {"text_encoder": …, "unet": …, "encoder": …, "decoder": …} or some.
+            What a file is, its content says; its name does not matter. Where there is no such path,
+            "owner/name" of a repository in the diffusers layout, or "owner/name/path" of a file.
+        config: of the model in files whose tensors' sizes are not those of a published one.
+        prediction: what the UNet predicts; None: what the source's config says. Single files are
+            taken as "epsilon" unless they or a `.yaml` beside them say otherwise: tensors cannot.
+        vae: a file, or a folder with one, whose encoder and decoder are taken instead.
+        ema: take the UNet's moving average where a single file has both.
+        variant: such as "fp16": which weights of a local diffusers folder to take.
 
     Raises:
         FileNotFoundError: the folder lacks files; all of them are named.
-        CheckpointError: there is no such source; or a file is damaged or unsupported.
+        CheckpointError: there is no such source; or a file is damaged, unsupported or something
+            else, which is named.
         DownloadError: a file cannot be fetched.
+        ValueError: `prediction` or a network's name is none of the above; or a config is given for
+            what has one of its own.
     """
+    if prediction not in (None, "epsilon", "v"):
+        raise ValueError(f"prediction must be 'epsilon' or 'v', not {prediction!r}")
+    checkpoint = _open(source, config, prediction, ema, variant)
+    if config is not None and checkpoint.config.unet != config.unet:
+        raise ValueError(f"{source} has a config of its own; leave out `config`")
+    if vae is not None:
+        parts = open_vae(Path(vae), checkpoint.config)
+        checkpoint = replace(checkpoint, parts={**checkpoint.parts, **parts})
+    if prediction is not None:
+        schedule = replace(checkpoint.config.schedule, prediction=prediction)
+        checkpoint = replace(checkpoint, config=replace(checkpoint.config, schedule=schedule))
+    missing = [part for part in PARTS if part not in checkpoint.parts and part != "encoder"]
+    if missing and not isinstance(source, Mapping):  # text becomes a picture without the encoder
+        raise CheckpointError(
+            f"{source} is no whole model: it holds {listing(checkpoint.parts)}, and no "
+            f"{listing(missing)}. Give the folder or file that has them, or files by network."
+        )
+    return checkpoint
+
+
+def _open(
+    source: Source,
+    config: ModelConfig | None,
+    prediction: str | None,
+    ema: bool,
+    variant: str | None,
+) -> Checkpoint:
+    if isinstance(source, Mapping):
+        return open_parts(source, config, prediction, ema)
     if isinstance(source, str) and source in PRESETS:
         preset = PRESETS[source]
         if preset.config is None:
-            return DiffusersFolder(preset_folder(source))
-        return HubParts(preset.config, preset.files)
+            return open_path(preset_folder(source))
+        return Checkpoint(
+            preset.config,
+            {part: partial(_fetch_and_match, part, f) for part, f in preset.files.items()},
+        )
     path = Path(source)
-    if str(source) and path.is_dir():  # Path("") would be the working directory
-        return DiffusersFolder(path)
-    known = f"Give a preset ({', '.join(PRESETS)}) or a folder in the diffusers layout."
-    if path.is_file():
-        raise CheckpointError(f"{path} is a single file, which this version does not load. {known}")
+    if str(source) and path.exists():  # Path("") would be the working directory
+        return open_path(path, config, prediction, ema, variant)
     if (file := hub_file(source)) is not None:
-        return open_checkpoint(fetch(file)) if file.name else HubFolder(file.repo)
+        if file.name:
+            return open_path(fetch(file), config, prediction, ema)
+        folder = HubFolder(file.repo)
+        return Checkpoint(folder.config, {part: partial(folder.match, part) for part in PARTS})
     raise CheckpointError(
-        f"Unknown weights {str(source)!r}: no preset, no folder and no name of a repository "
-        f"(owner/name). {known}"
+        f"Unknown weights {str(source)!r}: no preset, no folder or file, and no name of a "
+        f"repository (owner/name). Give a preset ({', '.join(PRESETS)}), a folder in the diffusers "
+        "layout or with Keras's h5 files, or a single file."
     )
+
+
+def _fetch_and_match(part: str, file: HubFile, variables: Sequence[Any]) -> list[Match]:
+    """What fills a part's variables; DownloadError when its file cannot be had."""
+    return open_parts({part: fetch(file)}).match(part, variables)
 
 
 def hub_file(source: Source) -> HubFile | None:

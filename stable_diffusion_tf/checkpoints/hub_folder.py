@@ -14,9 +14,10 @@ from stable_diffusion_tf.checkpoints.diffusers import (
     find_weights,
     missing_files,
 )
-from stable_diffusion_tf.checkpoints.fit import Match, match
+from stable_diffusion_tf.checkpoints.fit import Match
 from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile, cached, fetch, list_files
-from stable_diffusion_tf.checkpoints.readers import CheckpointError, open_tensors, read_json
+from stable_diffusion_tf.checkpoints.readers import CheckpointError, read_json
+from stable_diffusion_tf.checkpoints.tensors import open_tensors
 
 WEIGHTS = (".safetensors", ".ckpt", ".h5")
 
@@ -59,7 +60,7 @@ class HubFolder:
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
         """As of `Checkpoint`; DownloadError when the part's weights cannot be had."""
-        return match(variables, open_tensors(self.fetch(part)), TABLES[part])
+        return TABLES[part].match(variables, open_tensors(self.fetch(part)))
 
     def fetch(self, part: str) -> Path:
         """The file of a part's weights; of weights in shards, their index."""

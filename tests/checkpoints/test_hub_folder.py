@@ -15,6 +15,7 @@ from stable_diffusion_tf.checkpoints.catalog import (
 )
 from stable_diffusion_tf.checkpoints.diffusers import FILES as PARTS
 from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile
+from stable_diffusion_tf.checkpoints.hub_folder import HubFolder
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 
 REPO = "someone/tiny"
@@ -36,7 +37,7 @@ def test_a_repository_is_fetched_part_by_part(hub, tiny_repo):
 
     before = len(hub.downloads())
     for part in ("unet", "encoder", "decoder"):
-        path = checkpoint.fetch(part)
+        path = HubFolder(REPO).fetch(part)
         assert path.read_bytes() == tiny_repo[path.relative_to(path.parents[1]).as_posix()]
     assert hub.downloads()[before:] == [FILES["unet"], FILES["vae"]]
 
@@ -51,9 +52,9 @@ def test_shards_are_fetched_with_their_index(hub, tiny_repo):
     index = FILES["unet"] + ".index.json"
     tiny_repo[index] = json.dumps({"weight_map": dict(zip("xy", tensors, strict=True))}).encode()
     del tiny_repo[FILES["unet"]]
-    checkpoint = open_checkpoint(REPO)
+    folder = HubFolder(REPO)
     before = len(hub.downloads())
-    checkpoint.fetch("unet")
+    folder.fetch("unet")
     assert hub.downloads()[before:] == [index, "unet/a.safetensors", "unet/b.safetensors"]
 
 
@@ -62,7 +63,7 @@ def test_without_a_network_what_was_fetched_opens(hub, tiny_repo):
     with pytest.raises(DownloadError, match=r"someone/tiny cannot be fetched: .* \(503\)"):
         open_checkpoint(REPO)
     hub.status = 200
-    open_checkpoint(REPO).fetch("unet")
+    HubFolder(REPO).fetch("unet")
     hub.status = 503
     with pytest.raises(DownloadError, match=r"\(503\)"):
         open_checkpoint(REPO)  # text encoder and autoencoder are not there
@@ -104,7 +105,7 @@ def test_a_preset_s_parts_are_fetched_when_they_are_used(hub, monkeypatch):
     assert checkpoint.config == TINY
     assert hub.requests == []
 
-    monkeypatch.setattr(catalog, "open_checkpoint", lambda paths: Opened(paths))
+    monkeypatch.setattr(catalog, "open_parts", lambda paths: Opened(paths))
     assert checkpoint.match("unet", ["a variable"]) == ("unet", b"unet", ["a variable"])
     assert hub.downloads() == ["unet.h5"]
     assert len(download("some")) == len(stored_files("some")) == 4
@@ -120,7 +121,7 @@ class Opened:
 
 def test_a_file_of_a_repository_is_opened_as_a_local_one(hub, monkeypatch):
     hub.repositories["a/b"] = {"some/file.ckpt": b"weights"}
-    with pytest.raises(CheckpointError, match=r"file\.ckpt is a single file"):
+    with pytest.raises(CheckpointError, match=r"file\.ckpt is no file of weights"):
         open_checkpoint("a/b/some/file.ckpt")
     assert download("a/b/some/file.ckpt")[0].read_bytes() == b"weights"
 

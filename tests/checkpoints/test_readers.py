@@ -11,11 +11,10 @@ from safetensors import SafetensorError, deserialize
 from stable_diffusion_tf.checkpoints.readers import (
     CheckpointError,
     SafetensorsFile,
-    ShardedFile,
-    open_tensors,
     read_json,
     save_safetensors,
 )
+from stable_diffusion_tf.checkpoints.tensors import ShardedFile, open_tensors
 
 TENSORS = {
     "scalar": np.array(3.5, np.float32),
