@@ -251,6 +251,14 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weig
         prediction(prediction="sample")
 
 
+def test_an_assumed_prediction_is_said(tmp_path, tiny_weights, caplog):
+    save_safetensors(layouts.compvis(tiny_weights), tmp_path / "file")
+    config = replace(TINY, unet=replace(TINY.unet, linear_projection=True))
+    for prediction, said in (("v", 0), ("epsilon", 0), (None, 1)):
+        open_checkpoint(tmp_path / "file", config=config, prediction=prediction)
+        assert caplog.text.count("taken as epsilon") == said
+
+
 def test_a_config_is_only_for_files_without_one(tiny_model):
     with pytest.raises(ValueError, match="has a config of its own"):
         open_checkpoint(tiny_model, config=SD_1)

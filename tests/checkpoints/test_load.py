@@ -205,7 +205,7 @@ def test_truncated_weights_are_refused_on_opening(tiny_folder):
     ("source", "message"),
     [
         ("emojis", r"Unknown weights 'emojis'.*preset \(emoji, sd-v1-4-keras, "),
-        ("./someone/some-model", "no folder and no name of a repository"),
+        ("./someone/some-model", "no folder or file, and no name of a repository"),
         ("", "Unknown weights"),
     ],
 )
