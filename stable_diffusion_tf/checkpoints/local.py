@@ -90,8 +90,8 @@ def _open_files(
     config = config or replace(find_config(files.values(), prediction), name=name)
     if prediction is None and None in paths and config.unet.linear_projection:
         log.warning(
-            "%s: nothing says what this model of Stable Diffusion 2 predicts; taken as epsilon (the "
-            "512-pixel ones). For one of 768 pixels give prediction 'v'.",
+            "%s: nothing says what this model of Stable Diffusion 2 predicts; taken as epsilon, as "
+            "those of 512 pixels do. For one of 768 pixels give prediction 'v'.",
             paths[None],
         )
     if prediction is not None:
