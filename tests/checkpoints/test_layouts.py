@@ -54,7 +54,7 @@ class Named:
 
 
 @pytest.mark.parametrize("functional", [False, True], ids=["earlier port", "KerasCV"])
-def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, functional):
+def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, h5_at_once, functional):
     paths = layouts.write_keras(tmp_path / "h5", tiny_weights, functional)
     checkpoint = open_checkpoint(tmp_path / "h5", config=TINY)
     found = {part: match.keywords["file"].path for part, match in checkpoint.parts.items()}
@@ -77,7 +77,7 @@ def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, functiona
         open_checkpoint(tmp_path / "h5", config=TINY)
 
 
-def test_keras_files_that_do_not_fit_are_refused_by_weight(tmp_path, tiny_weights):
+def test_keras_files_that_do_not_fit_are_refused_by_weight(tmp_path, tiny_weights, h5_at_once):
     rows = list(layouts.keras_weights(tiny_weights["unet"], layouts.keras_unet(False)))
     path = tmp_path / "unet.h5"
 
