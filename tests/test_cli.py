@@ -96,7 +96,7 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--negative", "cat " * 76], "negative_prompt: 76 tokens and only 75 fit"),
         (["a", "b", "--seed", str(2**64 - 1)], "seed must be a whole number from 0 to 2**64 - 2"),
         (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset, no folder"),
-        (["a", "--weights", "."], "is not a whole model in the diffusers layout"),
+        (["a", "--weights", "."], "is a folder without a model"),
         (["a", "--output", "file/folder"], "file is a file; name another output folder"),
     ],
 )
