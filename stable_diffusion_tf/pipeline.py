@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -14,7 +15,8 @@ from keras import ops
 from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.load import Models, build_part, load_parts
+from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
+from stable_diffusion_tf.checkpoints.save import check_target, save
 from stable_diffusion_tf.compile import backend, compiled
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import denoiser
@@ -184,6 +186,24 @@ class StableDiffusion:
         self.last_seed: int | None = None
         self._load = load
         self._networks: dict[str, keras.Model] = {}
+
+    def save_pretrained(self, target: str | os.PathLike, *, dtype: str = "float32") -> None:
+        """Writes the model, whole or not at all, for `from_pretrained`, diffusers and others.
+
+        Args:
+            target: a new folder, which gets the diffusers layout, with config and tokenizer; or, if
+                its name ends in .safetensors, a new file, which gets that of CompVis's checkpoints.
+            dtype: of the stored weights: "float32", "float16" or "bfloat16".
+
+        Raises:
+            FileExistsError: there is something at `target`.
+            ValueError: unknown dtype, or kind of file; or a weight is not finite in the dtype.
+            FileNotFoundError, CheckpointError, DownloadError: networks that were not used yet
+                cannot be loaded.
+        """
+        check_target(target, dtype)
+        self._need(*MODELS)
+        save(Models(self.config, **self._networks), target, dtype)
 
     def _need(self, *parts: str) -> None:
         """Loads what is not loaded yet: together, so that one error names all that does not fit."""

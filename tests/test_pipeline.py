@@ -334,6 +334,18 @@ def test_a_backend_that_is_not_supported_is_refused_on_opening(tiny_model, monke
         StableDiffusion.from_pretrained(tiny_model)
 
 
+def test_what_is_saved_opens_again(tmp_path, small, tiny_model):
+    small.save_pretrained(tmp_path / "saved")
+    again = StableDiffusion.from_pretrained(tmp_path / "saved", img_height=14, img_width=10)
+    assert again.config == small.config
+    settings = {"num_steps": 1, "seed": 0}
+    np.testing.assert_array_equal(
+        latents(again, PROMPT, **settings), latents(small, PROMPT, **settings)
+    )
+    with pytest.raises(FileExistsError, match="saved exists"):
+        StableDiffusion.from_pretrained(tiny_model).save_pretrained(tmp_path / "saved")
+
+
 def test_unknown_weights_are_refused_with_the_known():
     with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji, sd-"):
         StableDiffusion.from_pretrained("emojis")

@@ -60,12 +60,14 @@ def fetch(file: HubFile) -> Path:
         announce(file.repo, file.license, file.sha256 is not None)
     if path is None or file.sha256 is None:
         path = _download(file)
-    expected = expected_hash(file, path)
+    stored = _target(path)
+    is_new = stored not in stored_before
+    expected = expected_hash(file, path) or (_hub_hash(file) if is_new else None)
     if expected is None or (found := _hash(path, expected)) == expected:
         return path
-    stored = _target(path)
-    damage = f"its hash is {found} and not {expected}, which {_authority(file)}"
-    if stored in stored_before:
+    authority = "the hub gives" if file.sha256 is None else "the catalog pins"
+    damage = f"its hash is {found} and not {expected}, which {authority}"
+    if not is_new:
         raise DownloadError(
             f"{file} is in the cache, but damaged or replaced: {damage}. It is not used. Delete "
             f"{stored} and try again."
@@ -148,21 +150,23 @@ def announce(repo: str, license: str, pinned: bool) -> None:
     )
 
 
-def _authority(file: HubFile) -> str:
-    return "the catalog pins" if file.sha256 is not None else "the hub gives"
+def _hub_hash(file: HubFile) -> str | None:
+    """What the hub says the file hashes to; for caches without links, which do not keep it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with _explained(file):
+        url = hf_hub_url(file.repo, file.name, revision=file.revision)
+        return get_hf_file_metadata(url).etag
 
 
 def _hash(path: Path, like: str) -> str:
     """SHA-256 of a file, or git's SHA-1 if `like` is one: hexadecimal."""
-    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % _size(path))
+    size = path.stat().st_size
+    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % size)
     with path.open("rb") as content:
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def _target(path: Path) -> Path:
@@ -255,7 +259,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
         ):
             if key in REASONS:
                 return REASONS[key]
-    return f"{type(error).__name__}: {error}", AGAIN
+    return f"{type(error).__name__}: {' '.join(str(error).split())}", AGAIN
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

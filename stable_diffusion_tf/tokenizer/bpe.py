@@ -6,6 +6,7 @@ last one. The merges beside this file are theirs too, unchanged (MIT licence).
 
 import gzip
 import html
+import json
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from importlib import resources
@@ -90,6 +91,16 @@ class Tokenizer:
         words = symbols.split(_END_OF_WORD)
         text = b" ".join(bytes(bytes_of[symbol] for symbol in word) for word in words)
         return text.decode("utf-8", errors="replace").strip()
+
+
+def vocabulary_files() -> dict[str, str]:
+    """The vocabulary as transformers' CLIPTokenizer reads it: {file name: text}."""
+    vocabulary = _vocabulary()
+    merges = [" ".join(pair) for pair in vocabulary.ranks]
+    return {
+        "vocab.json": json.dumps(vocabulary.ids, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
 
 
 class _Vocabulary(NamedTuple):

@@ -103,6 +103,21 @@ def test_each_failure_has_its_message(hub, fault, message):
     assert fetch(PINNED).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("name", ["weights.h5", "model_index.json"])
+@pytest.mark.parametrize("links", [True, False])
+def test_what_nothing_pins_is_held_against_the_hub_s_own_hash(hub, monkeypatch, name, links):
+    monkeypatch.setattr(
+        huggingface_hub.file_download, "are_symlinks_supported", lambda _=None: links
+    )
+    file = HubFile(REPO, name)
+    hub.faults = always(fake_hub.altered(fake_hub.flip_a_bit))
+    assert "which the hub gives. It was removed again" in refused(file)
+    hub.faults = iter(())
+    path = fetch(file)
+    assert path.is_symlink() == links
+    assert is_whole(file, path) is (True if links else None)
+
+
 @pytest.mark.parametrize("code", [429, 503])
 def test_a_hub_that_is_out_of_order_serves_from_the_cache(hub, code):
     hub.status = code
