@@ -34,7 +34,7 @@ class Size(click.ParamType):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stable-diffusion-tf")
 def main() -> None:
-    """Stable Diffusion in Keras: pictures from text.
+    """Stable Diffusion in Keras: pictures from text and pictures.
 
     \b
     Try:  sdtf generate "a red apple, noto style"
@@ -79,6 +79,22 @@ def main() -> None:
     show_default=True,
     help="0 to 1: against the washed-out colours of strong guidance.",
 )
+@click.option("--image", metavar="FILE", type=click.Path(), help="A picture to draw over.")
+@click.option(
+    "--mask", metavar="FILE", type=click.Path(), help="Where to repaint it: white; black is kept."
+)
+@click.option(
+    "--strength",
+    default=0.5,
+    show_default=True,
+    help="How far to leave the picture behind: over 0, up to 1.",
+)
+@click.option(
+    "--feather",
+    default=0.0,
+    show_default=True,
+    help="Pixels over which what is repainted fades in, inwards from the mask's edge.",
+)
 @click.option(
     "--weights", default="emoji", show_default=True, help="A preset, or a model's folder."
 )
@@ -108,13 +124,17 @@ def generate(
     sampler: str,
     eta: float,
     rescale: float,
+    image: str | None,
+    mask: str | None,
+    strength: float,
+    feather: float,
     weights: str,
     dtype: str,
     jit: bool,
     output: Path,
     quiet: bool,
 ) -> None:
-    """Draw a picture of each PROMPT.
+    """Draw a picture of each PROMPT, from nothing or over another picture.
 
     Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
     The seed and all other settings are stored in the PNG. The same seed and settings draw the same
@@ -125,6 +145,8 @@ def generate(
       sdtf generate "a red apple, noto style"
       sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7
       sdtf generate "a house" --negative "tree" --steps 50 --guidance 5
+      sdtf generate "a green apple" --image apple.png --strength 0.6
+      sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
     """
     with errors_in_one_line():
@@ -151,6 +173,8 @@ def generate(
             "dtype": dtype,
             "model": sd.config.name,
         }
+        if image is not None:
+            settings |= {"image": image, "mask": mask, "strength": strength, "feather": feather}
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for prompt in prompts:
             pictures = sd.generate(
@@ -160,6 +184,10 @@ def generate(
                 steps,
                 guidance,
                 seed=seed,
+                input_image=image,
+                input_mask=mask,
+                input_image_strength=strength,
+                mask_feather=feather,
                 sampler=sampler,
                 eta=eta,
                 guidance_rescale=rescale,
