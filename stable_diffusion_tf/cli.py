@@ -15,9 +15,10 @@ from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.samplers import SAMPLERS
 
 STEM = 60  # characters of a prompt in a file's name
-SAMPLERS_HELP = "\b\nSamplers:\n" + "\n".join(
-    f"  {name:16} {sampler.description}" for name, sampler in SAMPLERS.items()
-)
+SAMPLERS_TABLE = [
+    f"{name:16} {sampler.description}{'; karras' if sampler.takes_karras else ''}"
+    for name, sampler in SAMPLERS.items()
+]
 
 
 class Size(click.ParamType):
@@ -41,7 +42,7 @@ def main() -> None:
     """
 
 
-@main.command(no_args_is_help=True, epilog=SAMPLERS_HELP)
+@main.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
 @click.option("--steps", default=25, show_default=True, help="Denoising steps; more is slower.")
@@ -71,6 +72,9 @@ def main() -> None:
     metavar="NAME",
     type=click.Choice(list(SAMPLERS)),
     help="How to step from noise to picture; see below.",
+)
+@click.option(
+    "--karras", is_flag=True, help="Karras's noise levels, for the samplers that say so below."
 )
 @click.option("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
 @click.option(
@@ -122,6 +126,7 @@ def generate(
     batch: int,
     size: tuple[int, int] | None,
     sampler: str,
+    karras: bool,
     eta: float,
     rescale: float,
     image: str | None,
@@ -149,6 +154,7 @@ def generate(
       sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
     """
+    schedule = "karras" if karras else None
     with errors_in_one_line():
         check_folder(output)
         with quiet_import():
@@ -166,6 +172,7 @@ def generate(
             "negative_prompt": negative,
             "steps": steps,
             "sampler": sampler,
+            "schedule": schedule,
             "guidance": sd.config.guidance if guidance is None else guidance,
             "size": f"{sd.img_width}x{sd.img_height}",
             "eta": eta,
@@ -189,6 +196,7 @@ def generate(
                 input_image_strength=strength,
                 mask_feather=feather,
                 sampler=sampler,
+                schedule=schedule,
                 eta=eta,
                 guidance_rescale=rescale,
                 progress=not quiet,
@@ -199,6 +207,12 @@ def generate(
                 if not quiet:
                     click.echo(f"seed {seed}", err=True)
                 seed += 1
+
+
+@main.command()
+def samplers() -> None:
+    """List the samplers, one a line."""
+    click.echo("\n".join(SAMPLERS_TABLE))
 
 
 def slug(prompt: str) -> str:

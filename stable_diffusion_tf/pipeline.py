@@ -227,6 +227,7 @@ class StableDiffusion:
         input_image_strength: float = 0.5,
         *,
         sampler: str = "ddim",
+        schedule: Literal["karras"] | None = None,
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         context: Any = None,
@@ -250,8 +251,8 @@ class StableDiffusion:
             negative_prompt: what to be drawn away from, one or a list as long as the batch; without
                 guidance it has no part.
             batch_size: number of pictures of one prompt; 1 or n with a list of n.
-            num_steps: how often the latents are denoised, exactly: 1 to 499 with "leading"
-                spacing, 1 to 1000 with the others.
+            num_steps: how many steps the sampler takes, exactly: 1 to 499 with "leading" spacing,
+                1 to 999 or 1000 with the others, 1 to 50 with "lcm".
             unconditional_guidance_scale: how strongly the prompt counts (Ho and Salimans 2022,
                 arXiv:2207.12598); 1 or less: no guidance, half the work. None: the model's own.
             temperature: scales the noise that a stochastic sampler adds.
@@ -265,6 +266,8 @@ class StableDiffusion:
                 `max(1, int(num_steps * input_image_strength))` steps run, from the input noised to
                 the first of them; at 1, inpainting starts from noise alone.
             sampler: a name in `stable_diffusion_tf.samplers.SAMPLERS`.
+            schedule: "karras": the noise levels of Karras et al. (2022, arXiv:2206.00364, equation
+                5), for samplers that take them; None: the sampler's own.
             eta: 0 (deterministic) to 1 (ancestral), for "ddim".
             guidance_rescale: 0 to 1, against the over-exposure of strong guidance (Lin et al. 2023,
                 arXiv:2305.08891, section 3.4).
@@ -287,8 +290,12 @@ class StableDiffusion:
             FloatingPointError: a network overflowed, as some do in float16.
         """
         method = get_sampler(sampler)
-        options = method.options(_number("eta", eta), _number("temperature", temperature))
-        levels = steps(self.config.schedule, num_steps, **method.grid)
+        prediction = self.config.schedule.prediction
+        options = method.options(
+            _number("eta", eta), _number("temperature", temperature), prediction
+        )
+        grid = method.grid_on(schedule)
+        levels = steps(self.config.schedule, num_steps, **grid)
         guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
         strength = _number("input_image_strength", input_image_strength)
         if not 0 < strength <= 1:
@@ -335,7 +342,7 @@ class StableDiffusion:
             levels = levels[-1 - max(1, int(num_steps * strength)) :]
         first = levels[0]
         if not images or (masks and strength == 1):  # noise alone
-            scale = start_scale(self.config.schedule, first, **method.grid)
+            scale = start_scale(self.config.schedule, first, **grid)
             first = first._replace(alpha=0.0, sigma=scale)
 
         with tqdm(

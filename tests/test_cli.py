@@ -13,6 +13,7 @@ from PIL import Image
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.cli import main, quiet_import, slug
+from stable_diffusion_tf.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +87,7 @@ def test_the_png_says_how_to_draw_it_again(sdtf):
         "negative_prompt": None,
         "steps": 3,
         "sampler": "euler_ancestral",
+        "schedule": None,
         "guidance": 3.0,
         "size": "20x14",
         "eta": 0.0,
@@ -111,6 +113,7 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--steps", "500"], "num_steps must be a whole number from 1 to 499"),
         (["a", "--size", "33"], "must be a multiple of 2"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
+        (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),
         (["a", "--rescale", "2"], "guidance_rescale must be from 0 to 1"),
         (["a", "--image", "no.png"], "No such file or directory: 'no.png'"),
         (["a", "--image", "file"], "file is no picture in one of PNG, JPEG"),
@@ -197,6 +200,13 @@ def test_wrong_usage_is_explained(sdtf, arguments, message):
 )
 def test_a_prompt_makes_a_file_name(prompt, stem):
     assert slug(prompt) == stem
+
+
+def test_samplers_are_listed_one_a_line():
+    result = CliRunner().invoke(main, ["samplers"])
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(SAMPLERS)
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
 def test_help_teaches_and_waits_for_no_backend():

@@ -354,6 +354,16 @@ def test_every_sampler_draws(small, sampler):
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_a_schedule_moves_the_noise_levels(small, sampler):
+    settings = {"num_steps": 3, "seed": 0, "sampler": sampler}
+    own, karras = (
+        latents(small, PROMPT, schedule=schedule, **settings) for schedule in (None, "karras")
+    )
+    assert np.isfinite(karras).all()
+    assert synth.relative_error(karras, own) > 1e-3
+
+
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("ddpm", 0.0)])
 def test_temperature_scales_added_noise(small, sampler, eta):
     def draw(temperature, seed):
@@ -462,6 +472,9 @@ WRONG = [
     ((PROMPT,), {"temperature": -1}, ValueError, "temperature must be a number, 0 or more"),
     ((PROMPT,), {"eta": NAN}, ValueError, "eta must be finite"),
     ((PROMPT,), {"eta": 2}, ValueError, "eta must be from 0"),
+    ((PROMPT,), {"schedule": "karras"}, ValueError, "'karras' does not apply"),
+    ((PROMPT,), {"schedule": "even", "sampler": "euler"}, ValueError, "unknown schedule 'even'"),
+    ((PROMPT,), {"num_steps": 51, "sampler": "lcm"}, ValueError, "num_steps must .* 1 to 50"),
     ((PROMPT,), {"eta": 0.5, "sampler": "euler"}, ValueError, "samplers with one: ddim"),
     ((PROMPT,), {"guidance_rescale": NAN}, ValueError, "guidance_rescale must be finite"),
     ((PROMPT,), {"guidance_rescale": 1.5}, ValueError, "guidance_rescale must be from 0 to 1"),
