@@ -9,6 +9,7 @@ that safetensors' own reader reads otherwise. HDF5's library is the exception: i
 in the process that is there for it, which is then counted. Exit status 1 if anything failed.
 """
 
+import codecs
 import io
 import json
 import os
@@ -222,6 +223,7 @@ def main(count: int, seed: int) -> None:
     }
     for make, _ in kinds.values():  # what is imported once, is before the first case
         make(random.Random(0))
+    codecs.lookup("raw_unicode_escape")  # of Python 2's texts
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     failures = [f for kind, work in kinds.items() for f in fuzz(kind, *work, seed)]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024

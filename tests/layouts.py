@@ -393,14 +393,6 @@ def write_ckpt(path, tensors, old=False):
 # Variables without a backend.
 
 
-class Variable(SimpleNamespace):
-    """What a table needs to know of a Keras variable."""
-
-    def assign(self, value):
-        assert value.shape == self.shape
-        self.value = np.array(value)
-
-
 def variables(part, weights):
     """The variables of a network whose weights have these diffusers names."""
     made = []
@@ -408,7 +400,7 @@ def variables(part, weights):
         layer, suffix = name.removeprefix("text_model.").rsplit(".", 1)
         value = weight.transpose(AXES[weight.ndim, "embeddings." in layer])
         made.append(
-            Variable(
+            SimpleNamespace(
                 path=f"{layer}/{kind(layer, suffix)}",
                 shape=value.shape,
                 dtype="float32",

@@ -114,15 +114,15 @@ class Match:
     piece: int = 0
     pieces: int = 1
 
-    def fill(self) -> None:
-        """Read the tensor and assign it.
+    def read(self) -> np.ndarray:
+        """The tensor in the variable's dtype; `axes` are still to be put in the variable's order.
 
         Raises:
             CheckpointError: it has a NaN or an infinity, as stored or in the variable's dtype.
         """
         tensor = self.file.read(self.name).reshape(self.pieces, *self.shape)[self.piece]
         with np.errstate(over="ignore"):
-            value = tensor.transpose(self.axes).astype(self.variable.dtype, copy=False)
+            value = tensor.astype(self.variable.dtype, copy=False)
         if not np.isfinite(value).all():
             cause = (
                 f"is too large for {self.variable.dtype}; load it as float32"
@@ -130,7 +130,7 @@ class Match:
                 else "has NaN or infinite values; download it again, or take another checkpoint"
             )
             raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-        self.variable.assign(value)
+        return value
 
 
 class PartTable(Protocol):

@@ -81,6 +81,7 @@ def read_structure(path: Path) -> dict:
         done = subprocess.run(
             [sys.executable, "-m", STRUCTURE, str(path.absolute())],
             env=environment,
+            cwd=Path(__file__).parents[2],  # Python imports from there first: not from the user's
             capture_output=True,
             timeout=SECONDS,
             check=False,

@@ -1,5 +1,6 @@
 """Folders and files on this machine -> an opened checkpoint, by what they are."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +16,8 @@ from stable_diffusion_tf.checkpoints.layouts import find_config, find_layout
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, TensorFile
 from stable_diffusion_tf.checkpoints.tensors import H5_MAGIC, open_tensors
 from stable_diffusion_tf.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 PARTS = ("text_encoder", "unet", "encoder", "decoder")
 MAX_YAML = 2**20  # bytes
@@ -85,6 +88,12 @@ def _open_files(
         said = (_prediction(file) for file in files.values())
         prediction = next(filter(None, said), None)
     config = config or replace(find_config(files.values(), prediction), name=name)
+    if prediction is None and None in paths and config.unet.linear_projection:
+        log.warning(
+            "%s: nothing says what this model of Stable Diffusion 2 predicts; taken as epsilon, as "
+            "those of 512 pixels do. For one of 768 pixels give prediction 'v'.",
+            paths[None],
+        )
     if prediction is not None:
         config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     parts: dict[str, Part] = {}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from stable_diffusion_tf.checkpoints import h5_files
-from stable_diffusion_tf.checkpoints.h5_structure import structure
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.checkpoints.tensors import open_tensors
 
@@ -125,21 +124,8 @@ BAD = {
 }
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """Reads the structure in this process, which is faster; the files are not damaged."""
-
-    def read_structure(path):
-        try:
-            return {"weights": structure(str(path))}
-        except Exception as error:
-            raise ValueError(str(error)) from None
-
-    monkeypatch.setattr(h5_files, "read_structure", read_structure)
-
-
 @pytest.mark.parametrize("what", BAD)
-def test_what_is_not_plain_is_refused(path, at_once, what):
+def test_what_is_not_plain_is_refused(path, h5_at_once, what):
     change, message = BAD[what]
     write(path, change)
     with pytest.raises(CheckpointError) as caught:
@@ -177,6 +163,15 @@ def test_a_process_that_fails_costs_only_an_error(path, tmp_path, monkeypatch, c
     write(path)
     with pytest.raises(CheckpointError, match=message):
         open_tensors(path)
+
+
+def test_the_process_imports_nothing_from_where_the_user_is(path, tmp_path, monkeypatch):
+    for name in ("h5py", "json", "stable_diffusion_tf"):
+        (tmp_path / f"{name}.py").write_text("open('made', 'w')")
+    monkeypatch.chdir(tmp_path)
+    write(path)
+    assert len(open_tensors(path).names) == 2
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")

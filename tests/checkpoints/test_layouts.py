@@ -29,7 +29,7 @@ def check(checkpoint, weights, parts=PARTS):
     for part in parts:
         variables = layouts.variables(part, weights[FILE_OF[part]])
         for match in checkpoint.match(part, variables):
-            match.fill()
+            match.variable.value = match.read().transpose(match.axes)
         for variable in variables:
             np.testing.assert_array_equal(variable.value, variable.expected, err_msg=variable.path)
 
@@ -54,7 +54,7 @@ class Named:
 
 
 @pytest.mark.parametrize("functional", [False, True], ids=["earlier port", "KerasCV"])
-def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, functional):
+def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, h5_at_once, functional):
     paths = layouts.write_keras(tmp_path / "h5", tiny_weights, functional)
     checkpoint = open_checkpoint(tmp_path / "h5", config=TINY)
     found = {part: match.keywords["file"].path for part, match in checkpoint.parts.items()}
@@ -77,7 +77,7 @@ def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, functiona
         open_checkpoint(tmp_path / "h5", config=TINY)
 
 
-def test_keras_files_that_do_not_fit_are_refused_by_weight(tmp_path, tiny_weights):
+def test_keras_files_that_do_not_fit_are_refused_by_weight(tmp_path, tiny_weights, h5_at_once):
     rows = list(layouts.keras_weights(tiny_weights["unet"], layouts.keras_unet(False)))
     path = tmp_path / "unet.h5"
 
@@ -249,6 +249,14 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weig
     assert prediction() == "epsilon"  # the file itself before what lies beside it
     with pytest.raises(ValueError, match="'epsilon' or 'v', not 'sample'"):
         prediction(prediction="sample")
+
+
+def test_an_assumed_prediction_is_said(tmp_path, tiny_weights, caplog):
+    save_safetensors(layouts.compvis(tiny_weights), tmp_path / "file")
+    config = replace(TINY, unet=replace(TINY.unet, linear_projection=True))
+    for prediction, said in (("v", 0), ("epsilon", 0), (None, 1)):
+        open_checkpoint(tmp_path / "file", config=config, prediction=prediction)
+        assert caplog.text.count("taken as epsilon") == said
 
 
 def test_a_config_is_only_for_files_without_one(tiny_model):
