@@ -107,7 +107,7 @@ def test_one_file_is_read_again(tmp_path, models, prediction):
     assert checkpoint.config.schedule.prediction == prediction
     for part in ("text_encoder", "encoder", "decoder"):
         for match in checkpoint.match(part, getattr(models, part).weights):
-            expected = np.array(match.variable)
+            expected = np.asarray(match.variable).copy()
             match.variable.assign(np.zeros_like(expected))
             match.fill()
             np.testing.assert_array_equal(match.variable, expected)
