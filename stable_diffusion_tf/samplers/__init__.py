@@ -15,7 +15,9 @@ from functools import partial
 from stable_diffusion_tf.samplers.ddim import ddim
 from stable_diffusion_tf.samplers.ddpm import ddpm
 from stable_diffusion_tf.samplers.euler import euler, euler_ancestral
+from stable_diffusion_tf.samplers.noise import STREAMS as STREAMS
 from stable_diffusion_tf.samplers.noise import Noise as Noise
+from stable_diffusion_tf.samplers.noise import picture_seeds as picture_seeds
 
 
 @dataclass(frozen=True)
