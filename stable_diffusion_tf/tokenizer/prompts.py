@@ -11,6 +11,7 @@ other. The text encoder has room for 75 tokens between start and end, so a promp
 of 75 (cut wherever they end), and the UNet attends to the states of all of them.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -36,6 +37,8 @@ _FACTORS = {"(": EMPHASIS, "[": 1 / EMPHASIS}
 _OPENING = {")": "(", "]": "["}
 
 Part = list[tuple[str, float]]
+
+log = logging.getLogger(__name__)
 
 
 class Chunk(NamedTuple):
@@ -139,6 +142,19 @@ def chunks(
             ]
         )
     return found
+
+
+def filled_up(conditions: Sequence[list], empty: Chunk) -> list[list]:
+    """Gives all lists of chunks as many as the longest has, with `empty` ones, and says so."""
+    count = max(map(len, conditions))
+    if count > 1:
+        log.warning(
+            "prompts are read in chunks of %d tokens, here %d; shorter prompts and negative "
+            "prompts are filled up with empty ones",
+            len(empty.ids) - 2,
+            count,
+        )
+    return [[*condition, *[empty] * (count - len(condition))] for condition in conditions]
 
 
 def emphasised(states: np.ndarray, weights: Sequence[float]) -> np.ndarray:
