@@ -61,7 +61,7 @@ ODD = st.text(st.sampled_from("()[]\\:. 1-+\nabBREAK")) | st.lists(
 ).map("".join)
 
 
-@settings(max_examples=500)
+@settings(max_examples=2000)
 @given(ODD)
 @example("(" * 1000)
 @example("(a" * 1000 + ")" * 1000)
