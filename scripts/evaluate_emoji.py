@@ -126,7 +126,13 @@ def draw(sd, prompts: list[str], steps: int, batch: int, name: str) -> np.ndarra
     """A picture a prompt, uint8 (N, S, S, 3); picture i is that of seed SEED + i."""
     return np.concatenate(
         [
-            sd.generate(prompts[part], num_steps=steps, seed=SEED + part.start, progress=False)
+            sd.generate(
+                prompts[part],
+                num_steps=steps,
+                seed=SEED + part.start,
+                emphasis=False,  # as in training: names have brackets, "A button (blood type)"
+                progress=False,
+            )
             for part in batches(len(prompts), batch, name)
         ]
     )

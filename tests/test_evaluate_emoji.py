@@ -117,7 +117,7 @@ class PerfectModel:
         captions = map(caption, artworks.rows)
         self._pictures = dict(zip(captions, artworks.images, strict=True))
 
-    def generate(self, prompts, num_steps, seed, progress):
+    def generate(self, prompts, num_steps, seed, emphasis, progress):
         return np.stack([self._pictures[prompt] for prompt in prompts])
 
     def encode_image(self, images):
