@@ -11,33 +11,42 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
 import numpy as np
-from tiny import TINY
 
+from stable_diffusion_tf.config import ScheduleConfig, TextEncoderConfig, UNetConfig
 from stable_diffusion_tf.models import TextEncoder, UNet
-from stable_diffusion_tf.tokenizer import Tokenizer
 from stable_diffusion_tf.training.data import noisy_batches
 from stable_diffusion_tf.training.ema import values
 from stable_diffusion_tf.training.loop import train
 from stable_diffusion_tf.training.loss import diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw
 
+# Little to compile and to save: a process of it is started and killed many times.
+TEXT = TextEncoderConfig(vocab_size=256, width=32, layers=1, heads=4, mlp_width=64)
+UNET = UNetConfig(widths=(32,), resnets=1, attention=(True,), heads=(4,), context_width=32)
+
+
+def tokenize(texts):
+    """Bytes as ids: (B, 77)."""
+    padded = [text.ljust(TEXT.max_length).encode() for text in texts]
+    return np.frombuffer(b"".join(padded), np.uint8).reshape(len(texts), -1).astype(np.int32)
+
 
 def run(folder: Path, steps: int, stop: int | None = None, dtype="float32", **options):
     """Trains up to `stop` of `steps` -> the models."""
     keras.utils.set_random_seed(0)
-    models = TextEncoder(TINY.text_encoder, dtype), UNet(TINY.unet, dtype)
+    models = TextEncoder(TEXT, dtype), UNet(UNET, dtype)
     latents = np.random.default_rng(0).standard_normal((2, 8, 4, 4, 4), dtype=np.float32)
     batch = noisy_batches(
         latents[0],
         0.1 * np.abs(latents[1]),
         caption=lambda i, rng: f"picture {i} of {rng.integers(10)}",
-        tokenize=Tokenizer().tokenize,
-        schedule=TINY.schedule,
+        tokenize=tokenize,
+        schedule=ScheduleConfig(),
         batch_size=2,
         seed=0,
     )
     train(
-        diffusion_loss(*models, TINY.schedule.prediction),
+        diffusion_loss(*models, "epsilon"),
         batch,
         models,
         adamw(1e-3, steps),

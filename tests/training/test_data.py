@@ -10,7 +10,7 @@ from stable_diffusion_tf.training.data import noisy_batches, random, shuffled
 SCHEDULE = ScheduleConfig()
 
 
-def batches(count=6, batch_size=4, caption_drop=0.1, seed=0):
+def batches(count=6, batch_size=4, caption_drop=0.1, **options):
     mean = np.arange(count, dtype=np.float32).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 4), "f")
     return noisy_batches(
         mean,
@@ -19,8 +19,8 @@ def batches(count=6, batch_size=4, caption_drop=0.1, seed=0):
         tokenize=list,
         schedule=SCHEDULE,
         batch_size=batch_size,
-        seed=seed,
         caption_drop=caption_drop,
+        **{"seed": 0, **options},
     )
 
 
@@ -70,3 +70,10 @@ def test_noise_levels_are_the_schedules_and_spread_evenly():
     )
     np.testing.assert_allclose(alpha**2 + sigma**2, 1, 1e-6)
     assert sorted(timesteps * 64 // 1000) == list(range(64))  # one in each 64th of the schedule
+
+
+@pytest.mark.parametrize("shift, share", [(1.0, 0.5), (3.0, 0.75)])
+def test_a_shift_draws_noisier_timesteps(shift, share):
+    _, _, timesteps, *_ = batches(count=64, batch_size=64, shift=shift)(0)
+    assert np.mean(timesteps >= 500) == pytest.approx(share, abs=1 / 64)
+    assert timesteps.min() >= 0 and timesteps.max() <= 999

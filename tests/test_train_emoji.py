@@ -1,0 +1,54 @@
+"""scripts/train_emoji.py from artworks to a folder that draws, at a size that trains in seconds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import train_emoji
+from click.testing import CliRunner
+from emoji_data import Row
+
+from stable_diffusion_tf import StableDiffusion
+from stable_diffusion_tf.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+
+TINY = replace(
+    train_emoji.EMOJI,
+    text_encoder=TextEncoderConfig(width=32, layers=1, heads=4, mlp_width=64),
+    unet=UNetConfig(widths=(32,), resnets=1, attention=(True,), heads=(4,), context_width=32),
+    autoencoder=AutoencoderConfig(widths=(32, 32), resnets=1, scale=1.0),
+    image_size=16,
+)
+
+
+@pytest.fixture
+def artworks(monkeypatch):
+    rows = [
+        Row("noto", "noto", "package", "icon", f"{i:x}", f"thing {i}", (), "", split)
+        for split, count in (("train", 64), ("unseen_concept", 24))
+        for i in range(count)
+    ]
+    images = np.random.default_rng(0).integers(0, 256, (len(rows), 16, 16, 3), dtype=np.uint8)
+    monkeypatch.setattr(train_emoji, "EMOJI", TINY)
+    monkeypatch.setattr(train_emoji.emoji_data, "load", lambda size, cache: (rows, images))
+
+
+@pytest.mark.full
+def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_path):
+    def run(target):
+        arguments = [tmp_path / target, "--autoencoder-steps=1", "--steps=1", f"--runs={tmp_path}"]
+        return CliRunner().invoke(train_emoji.main, list(map(str, arguments)))
+
+    assert run("first").exception is None
+    state = tmp_path / "diffusion" / "state.safetensors"
+    saved = state.stat().st_mtime_ns
+    assert run("again").exception is None
+    assert state.stat().st_mtime_ns == saved  # nothing was left to train
+    drawn = [
+        StableDiffusion.from_pretrained(tmp_path / target).generate(
+            "thing 3, noto style", num_steps=1, seed=0, output="latents", progress=False
+        )
+        for target in ("first", "again")
+    ]
+    np.testing.assert_array_equal(*drawn)
+    refused = run("first")
+    assert refused.exit_code == 2 and "exists; name a new folder" in refused.output
