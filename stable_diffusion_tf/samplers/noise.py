@@ -1,6 +1,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from functools import cache
 from numbers import Integral
 from typing import Any
 
@@ -14,7 +15,8 @@ log = logging.getLogger(__name__)
 class Noise:
     """Unit normal noise for a batch: a function of each image's own seed and the draw.
 
-    So an image gets the same noise whatever batch it is in and whatever was drawn before.
+    So an image gets the same noise whatever batch it is in and, but for PyTorch's, whatever was
+    drawn before.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], rng: str = "numpy"):
@@ -59,15 +61,15 @@ def numpy_stream(seed: int, shape: tuple[int, int, int]) -> Callable[[int], np.n
 def torch_stream(seed: int, shape: tuple[int, int, int]) -> Callable[[int], np.ndarray]:
     """The draws of one image, by their number, as `torch.randn((1, c, h, w))` makes them.
 
-    They come one after the other from one generator, so those before are kept.
+    One generator makes one after the other, so what is asked for first is drawn first, as it would
+    be with PyTorch; what was drawn is kept, to be had again.
     """
     height, width, channels = shape
-    generator, drawn = TorchGenerator(seed), []
+    generator = TorchGenerator(seed)
 
+    @cache
     def draw(index):
-        while len(drawn) <= index:
-            drawn.append(generator.randn(channels, height, width).transpose(1, 2, 0))
-        return drawn[index]
+        return generator.randn(channels, height, width).transpose(1, 2, 0)
 
     return draw
 

@@ -14,7 +14,7 @@ of 75 (cut wherever they end), and the UNet attends to the states of all of them
 import logging
 import re
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -122,12 +122,7 @@ def chunks(
     found = []
     for culprit, prompt in named(prompts, name):
         parts = parse(prompt) if emphasis else [[(prompt, 1.0)]]
-        for text, weight in (piece for part in parts for piece in part):
-            if not abs(weight) <= LARGEST:
-                raise ValueError(
-                    f"{culprit}: {text!r} has the weight {weight:g}; weights go from -{LARGEST:g} "
-                    f"to {LARGEST:g}. Brackets that mean themselves are written \\( \\) \\[ \\]"
-                )
+        _check_weights(culprit, parts)
         *ended, last = (
             [(token, weight) for text, weight in part for token in tokenizer.encode(text)]
             for part in parts
@@ -142,6 +137,15 @@ def chunks(
             ]
         )
     return found
+
+
+def _check_weights(culprit: str, parts: Sequence[Part]) -> None:
+    for text, weight in chain.from_iterable(parts):
+        if not abs(weight) <= LARGEST:  # inf * 0 is neither
+            raise ValueError(
+                f"{culprit}: {text!r} has the weight {weight:g}; weights go from -{LARGEST:g} to "
+                f"{LARGEST:g}. Brackets that mean themselves are written \\( \\) \\[ \\]"
+            )
 
 
 def filled_up(conditions: Sequence[list], empty: Chunk) -> list[list]:
