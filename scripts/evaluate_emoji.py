@@ -122,13 +122,14 @@ def reconstruct(sd, images: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([sd.decode(sd.encode_image(images[part])) for part in parts])
 
 
-def draw(sd, prompts: list[str], steps: int, batch: int, name: str) -> np.ndarray:
+def draw(sd, prompts: list[str], steps: int, guidance: float, batch: int, name: str) -> np.ndarray:
     """A picture a prompt, uint8 (N, S, S, 3); picture i is that of seed SEED + i."""
     return np.concatenate(
         [
             sd.generate(
                 prompts[part],
                 num_steps=steps,
+                unconditional_guidance_scale=guidance,
                 seed=SEED + part.start,
                 emphasis=False,  # as in training: names have brackets, "A button (blood type)"
                 progress=False,
@@ -153,6 +154,7 @@ def sheet(
 @click.option("--weights", default="emoji", show_default=True, help="Preset or folder.")
 @click.option("--prompts", default=200, show_default=True, help="How many of the training pairs.")
 @click.option("--steps", default=25, show_default=True)
+@click.option("--guidance", type=float, help="The model's own unless given.")
 @click.option("--batch", default=25, show_default=True, help="Pictures at a time.")
 @click.option("--cache", default=emoji_data.CACHE, show_default=True, type=Path)
 @click.option("--output", default="outputs", show_default=True, type=Path, help="Sheets' folder.")
@@ -161,6 +163,7 @@ def main(
     weights: str,
     prompts: int,
     steps: int,
+    guidance: float | None,
     batch: int,
     cache: Path,
     output: Path,
@@ -168,9 +171,12 @@ def main(
 ) -> None:
     from stable_diffusion_tf import StableDiffusion  # here: the metrics are tested without it
 
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     sd = StableDiffusion.from_pretrained(weights)
     artworks = Artworks(*emoji_data.load(sd.img_height, cache))
-    figures = {"weights": weights, "steps": steps, "seed": SEED}
+    guidance = sd.config.guidance if guidance is None else guidance
+    figures = {"weights": weights, "steps": steps, "guidance": guidance, "seed": SEED}
 
     unseen = artworks.images[artworks.chosen("unseen_pair") + artworks.chosen("unseen_concept")]
     rebuilt = reconstruct(sd, unseen, batch)
@@ -182,7 +188,7 @@ def main(
     for split, count in (("train", prompts), ("unseen_pair", None)):
         asked = artworks.chosen(split, count)
         texts = [emoji_data.caption(artworks.rows[i]) for i in asked]
-        drawn = draw(sd, texts, steps, batch, split)
+        drawn = draw(sd, texts, steps, guidance, batch, split)
         real = artworks.images[asked]
         found = thumbnails(drawn)
         ranks = [artworks.rank(picture, i) for picture, i in zip(found, asked, strict=True)]

@@ -17,6 +17,8 @@ from evaluate_emoji import (
     thumbnails,
 )
 
+from stable_diffusion_tf.config import ModelConfig
+
 
 def row(style: str, concept: int, split: str = "train") -> Row:
     return Row(style, style, "package", "icon", f"{concept:x}", f"thing {concept}", (), "", split)
@@ -112,12 +114,13 @@ class PerfectModel:
     """Draws the asked artwork itself; its autoencoder loses nothing."""
 
     img_height = 64
+    config = ModelConfig(name="perfect", guidance=2.0)
 
     def __init__(self, artworks: Artworks):
         captions = map(caption, artworks.rows)
         self._pictures = dict(zip(captions, artworks.images, strict=True))
 
-    def generate(self, prompts, num_steps, seed, emphasis, progress):
+    def generate(self, prompts, num_steps, unconditional_guidance_scale, seed, emphasis, progress):
         return np.stack([self._pictures[prompt] for prompt in prompts])
 
     def encode_image(self, images):
@@ -134,12 +137,13 @@ def test_a_perfect_model_has_perfect_figures(artworks, tmp_path, monkeypatch):
     monkeypatch.setattr("stable_diffusion_tf.StableDiffusion", StableDiffusion, raising=False)
     monkeypatch.setattr("emoji_data.load", lambda size, cache: (artworks.rows, artworks.images))
 
-    file = tmp_path / "figures.json"
+    file = tmp_path / "new" / "figures.json"
     arguments = ["--prompts", "7", "--batch", "3", "--output", tmp_path, "--json", file]
     result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
 
     assert result.exit_code == 0
     figures = json.loads(file.read_text())
+    assert figures["guidance"] == 2.0  # the model's own
     assert figures["autoencoder"]["psnr"] > 60
     for split, count in (("train", 7), ("unseen_pair", 1)):
         assert figures[split]["prompts"] == count
