@@ -15,9 +15,10 @@ from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
 
 STEM = 60  # characters of a prompt in a file's name
-SAMPLERS_HELP = "\b\nSamplers:\n" + "\n".join(
-    f"  {name:16} {sampler.description}" for name, sampler in SAMPLERS.items()
-)
+SAMPLERS_TABLE = [
+    f"{name:16} {sampler.description}{'; karras' if sampler.takes_karras else ''}"
+    for name, sampler in SAMPLERS.items()
+]
 
 
 class Size(click.ParamType):
@@ -34,14 +35,14 @@ class Size(click.ParamType):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stable-diffusion-tf")
 def main() -> None:
-    """Stable Diffusion in Keras: pictures from text.
+    """Stable Diffusion in Keras: pictures from text and pictures.
 
     \b
     Try:  sdtf generate "a red apple, noto style"
     """
 
 
-@main.command(no_args_is_help=True, epilog=SAMPLERS_HELP)
+@main.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
 @click.option(
     "--prompts-file",
@@ -93,12 +94,31 @@ def main() -> None:
     type=click.Choice(list(SAMPLERS)),
     help="How to step from noise to picture; see below.",
 )
+@click.option(
+    "--karras", is_flag=True, help="Karras's noise levels, for the samplers that say so below."
+)
 @click.option("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
 @click.option(
     "--rescale",
     default=0.0,
     show_default=True,
     help="0 to 1: against the washed-out colours of strong guidance.",
+)
+@click.option("--image", metavar="FILE", type=click.Path(), help="A picture to draw over.")
+@click.option(
+    "--mask", metavar="FILE", type=click.Path(), help="Where to repaint it: white; black is kept."
+)
+@click.option(
+    "--strength",
+    default=0.5,
+    show_default=True,
+    help="How far to leave the picture behind: over 0, up to 1.",
+)
+@click.option(
+    "--feather",
+    default=0.0,
+    show_default=True,
+    help="Pixels over which what is repainted fades in, inwards from the mask's edge.",
 )
 @click.option(
     "--weights", default="emoji", show_default=True, help="A preset, or a model's folder."
@@ -131,15 +151,20 @@ def generate(
     batch: int,
     size: tuple[int, int] | None,
     sampler: str,
+    karras: bool,
     eta: float,
     rescale: float,
+    image: str | None,
+    mask: str | None,
+    strength: float,
+    feather: float,
     weights: str,
     dtype: str,
     jit: bool,
     output: Path,
     quiet: bool,
 ) -> None:
-    """Draw a picture of each PROMPT.
+    """Draw a picture of each PROMPT, from nothing or over another picture.
 
     Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
     The seed and all other settings are stored in the PNG. The same seed and settings draw the same
@@ -150,9 +175,12 @@ def generate(
       sdtf generate "a red apple, noto style"
       sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7
       sdtf generate "a house" --negative "tree" --steps 50 --guidance 5
+      sdtf generate "a green apple" --image apple.png --strength 0.6
+      sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
       sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
     """
+    schedule = "karras" if karras else None
     with errors_in_one_line():
         prompts += read_prompts(prompts_file)
         if not prompts:
@@ -176,6 +204,7 @@ def generate(
             "rng": rng,
             "steps": steps,
             "sampler": sampler,
+            "schedule": schedule,
             "guidance": sd.config.guidance if guidance is None else guidance,
             "size": f"{sd.img_width}x{sd.img_height}",
             "eta": eta,
@@ -183,6 +212,8 @@ def generate(
             "dtype": dtype,
             "model": sd.config.name,
         }
+        if image is not None:
+            settings |= {"image": image, "mask": mask, "strength": strength, "feather": feather}
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for i, prompt in enumerate(prompts):
             its_seeds = seeds[i * batch : (i + 1) * batch]
@@ -196,7 +227,12 @@ def generate(
                 rng=rng,
                 clip_skip=clip_skip,
                 emphasis=not literal,
+                input_image=image,
+                input_mask=mask,
+                input_image_strength=strength,
+                mask_feather=feather,
                 sampler=sampler,
+                schedule=schedule,
                 eta=eta,
                 guidance_rescale=rescale,
                 progress=not quiet,
@@ -218,6 +254,12 @@ def read_prompts(file: TextIO | None) -> tuple[str, ...]:
         return tuple(line.strip() for line in file or () if line.strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {file.name} is not UTF-8: {error}") from None
+
+
+@main.command()
+def samplers() -> None:
+    """List the samplers, one a line."""
+    click.echo("\n".join(SAMPLERS_TABLE))
 
 
 def slug(prompt: str) -> str:

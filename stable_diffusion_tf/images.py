@@ -7,59 +7,97 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from stable_diffusion_tf.files import atomic_path
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
+# What is opened: not EPS, which is a program, nor TGA, which any file could be.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 2**25  # of a picture to load; a few kilobytes of PNG can unfold to gigabytes
+
 
 def load_image(source: ImageSource) -> np.ndarray:
     """Picture -> float32 (H, W, 3) in [0, 1], upright, transparency on white.
 
+    An animation gives its first picture. CMYK and other colours become RGB; embedded colour
+    profiles are not applied. Pillow reads 16-bit colour as 8-bit.
+
     Args:
         source: a path; a PIL image; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
-            uint8, uint16, bool, or float in [0, 1]. 16-bit and float values keep their precision.
+            uint8, uint16, bool, or float in [0, 1]. 16-bit grey and float values keep their
+            precision.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture; the array's shape, type or range is none of the above.
+        TypeError: the source is none of these.
+        ValueError: the file is no picture in one of `FORMATS`, or damaged; the picture has over
+            `MAX_PIXELS`, by its header, before any are decoded; the array's shape, type or range
+            is none of the above.
     """
-    if isinstance(source, Image.Image):
-        return _from_pil(source)
-    if isinstance(source, str | os.PathLike):
-        try:
-            with Image.open(source) as image:
-                return _from_pil(image)
-        except UnidentifiedImageError:
-            raise ValueError(f"{source} is not a picture that Pillow can read.") from None
-        except (SyntaxError, OSError) as error:
-            if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
-                raise
-            raise ValueError(f"{source} is damaged: {error}.") from error
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    raise TypeError(
-        f"A picture is a path, a PIL image or a NumPy array, not {type(source).__name__}."
-    )
+    pixels = _load(source, background=1)
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
-def _from_pil(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which older Pillows open as 32-bit "I"
-        return _from_array(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
-    if image.mode == "F":
-        return _from_array(np.asarray(image))
-    return _from_array(np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
+def load_mask(source: ImageSource) -> np.ndarray:
+    """Mask -> float32 (H, W, 1) in [0, 1], white 1; colours by their luma, transparency on black.
+
+    Args:
+        source: what `load_image` takes.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: as of `load_image`; or nothing in the mask is
+            white, 0.5 or over, though it is not all black either.
+    """
+    pixels = _load(source, background=0)
+    red, green, blue = (pixels[..., [channel]] for channel in (0, pixels.shape[-1] // 2, -1))
+    mask = np.clip(red + 0.587 * (green - red) + 0.114 * (blue - red), 0, 1)  # ITU-R BT.601
+    if 0 < mask.max() < 0.5:
+        raise ValueError(
+            f"The mask's brightest value is {mask.max():.4g}, which is black: white is 1, or 255 "
+            "in uint8. Scale it, or give bool."
+        )
+    return mask
 
 
-def _from_array(array: np.ndarray) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Float (H, W, C) in [0, 1] -> (height, width, C), stretched: the whole picture, by Lanczos.
+
+    A picture of that size comes back as it is, to the last bit.
+    """
+    channels = [
+        Image.fromarray(channel).resize((width, height), Image.Resampling.LANCZOS)
+        for channel in np.moveaxis(image.astype(np.float32), -1, 0)
+    ]
+    return np.clip(np.stack(channels, axis=-1), 0, 1)  # Lanczos overshoots at edges
+
+
+def feather(mask: np.ndarray, pixels: float) -> np.ndarray:
+    """Softens a mask's edge inwards: (H, W, 1) of 0 and 1 -> float32 weights, same shape.
+
+    A weight is 0 wherever the mask is, and rises to nearly 1 within about `pixels` of its edge (as
+    the error function); 0 pixels leave the mask as it is.
+    """
+    grey = Image.fromarray(unit_to_uint8(mask[..., 0]))
+    blurred = uint8_to_unit(np.asarray(grey.filter(ImageFilter.GaussianBlur(pixels / 2))))
+    return mask * np.clip(2 * blurred[..., None] - 1, 0, 1)
+
+
+def _load(source: ImageSource, background: float) -> np.ndarray:
+    """Picture -> float32 (H, W, 1) or (H, W, 3) in [0, 1]; transparency on a shade of grey."""
+    if not isinstance(source, ImageSource):
+        raise TypeError(
+            f"A picture is a path, a PIL image or a NumPy array, not {type(source).__name__}."
+        )
+    array = source if isinstance(source, np.ndarray) else _decode(source)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
@@ -69,8 +107,39 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     unit = _to_unit(array)
     if unit.shape[-1] == 4:
         alpha = unit[..., 3:]
-        unit = unit[..., :3] * alpha + (1 - alpha)
-    return np.repeat(unit, 3, axis=-1) if unit.shape[-1] == 1 else unit
+        unit = unit[..., :3] * alpha + background * (1 - alpha)
+    return unit
+
+
+def _decode(source: str | os.PathLike | Image.Image) -> np.ndarray:
+    """A file or PIL image -> array, upright."""
+    given = isinstance(source, Image.Image)
+    name = "The PIL image" if given else source
+    try:
+        with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"it has {image.width}x{image.height} pixels")
+            return _pixels(image)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is no picture in one of {', '.join(FORMATS)}.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name} is too large: {error}, and pictures of over {MAX_PIXELS:,} are not decoded. "
+            "Scale it down first."
+        ) from None
+    except Exception as error:  # what a decoder meets in a damaged file is of any type
+        raise ValueError(f"{name} is damaged, or of a kind not supported: {error}.") from error
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which older Pillows open as 32-bit "I"
+        return np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+    if image.mode == "F":
+        return np.asarray(image)
+    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
 def _to_unit(array: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""Text in, pictures out: tokenizer, networks, schedule and sampler put together."""
+"""Text and pictures in, pictures out: tokenizer, networks, schedule and sampler put together."""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import keras
 import numpy as np
@@ -16,11 +16,15 @@ from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import Models, build_part, load_parts
 from stable_diffusion_tf.compile import backend, compiled
 from stable_diffusion_tf.config import SD_1, ModelConfig
-from stable_diffusion_tf.diffusion.denoiser import denoiser
+from stable_diffusion_tf.diffusion.denoiser import add_noise, denoiser
+from stable_diffusion_tf.diffusion.inpainting import repainting
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
     ImageSource,
+    feather,
     load_image,
+    load_mask,
+    resize,
     signed_to_unit,
     unit_to_signed,
     unit_to_uint8,
@@ -34,6 +38,15 @@ OUTPUTS = ("image", "float", "latents")
 Condition = list[Chunk | np.ndarray]  # of a picture: chunks of text, or their states (77, width)
 
 log = logging.getLogger(__name__)
+
+
+class _Task(NamedTuple):
+    """What sets drawing from text, from a picture, and into a picture apart."""
+
+    start: Any  # the latents to begin with, (B, h, w, 4)
+    sample: Callable  # a sampler
+    channels: tuple = ()  # what the network sees beside the latents, (B, h, w, …)
+    finish: Callable = lambda pictures: pictures  # the last touch
 
 
 class StableDiffusion:
@@ -215,6 +228,7 @@ class StableDiffusion:
         input_image_strength: float = 0.5,
         *,
         sampler: str = "ddim",
+        schedule: Literal["karras"] | None = None,
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         context: Any = None,
@@ -223,10 +237,15 @@ class StableDiffusion:
         emphasis: bool = True,
         rng: Literal["numpy", "torch"] = "numpy",
         diffusion_noise: Any = None,
+        sample_posterior: bool = False,
+        mask_feather: float = 0.0,
         output: Literal["image", "float", "latents"] = "image",
         progress: bool = True,
     ) -> np.ndarray:
         """Draws pictures: of one prompt `batch_size` times, or one of each prompt of a list.
+
+        With `input_image`, it draws over that (image-to-image: SDEdit, Meng et al. 2022,
+        arXiv:2108.01073); with `input_mask` too, only where the mask is white (inpainting).
 
         Image i uses the seed `seed + i` and is the same picture alone or in any batch of prompts
         with as many chunks. All arguments are checked before any work.
@@ -238,16 +257,24 @@ class StableDiffusion:
             negative_prompt: what to be drawn away from, one or a list as long as the batch; without
                 guidance it has no part.
             batch_size: number of pictures of one prompt; 1 or n with a list of n.
-            num_steps: how often the latents are denoised, exactly: 1 to 499 with "leading"
-                spacing, 1 to 1000 with the others.
+            num_steps: how many steps the sampler takes, exactly: 1 to 499 with "leading" spacing,
+                1 to 999 or 1000 with the others, 1 to 50 with "lcm".
             unconditional_guidance_scale: how strongly the prompt counts (Ho and Salimans 2022,
                 arXiv:2207.12598); 1 or less: no guidance, half the work. None: the model's own.
             temperature: scales the noise that a stochastic sampler adds.
             seed: from 0 to 2**64 - 1, or a list, one a picture; None or -1: one is drawn, logged
                 and kept in `last_seed`.
-            input_image, input_mask, input_image_strength: of image-to-image and inpainting, which
-                this version does not have yet.
+            input_image: what to draw over: what `images.load_image` takes, or several, as a list
+                or an array (n, H, W, C), one a picture. Stretched to the model's size, not cropped.
+            input_mask: where: white, 0.5 and over, is repainted, black kept; one or several,
+                likewise. Outside it, pictures are `input_image` exactly. Each latent goes by the
+                first pixel of its square (8x8 for Stable Diffusion).
+            input_image_strength: over 0, up to 1: how far the input is left behind. The last
+                `max(1, int(num_steps * input_image_strength))` steps run, from the input noised to
+                the first of them; at 1, inpainting starts from noise alone.
             sampler: a name in `stable_diffusion_tf.samplers.SAMPLERS`.
+            schedule: "karras": the noise levels of Karras et al. (2022, arXiv:2206.00364, equation
+                5), for samplers that take them; None: the sampler's own.
             eta: 0 (deterministic) to 1 (ancestral), for "ddim".
             guidance_rescale: 0 to 1, against the over-exposure of strong guidance (Lin et al. 2023,
                 arXiv:2305.08891, section 3.4).
@@ -258,75 +285,108 @@ class StableDiffusion:
             emphasis: whether brackets and BREAK in prompts have a meaning, or all is text.
             rng: whose random numbers the seed stands for: "numpy", or "torch", with which it is the
                 seed of a `torch.Generator` on the CPU, one a picture.
-            diffusion_noise: unit normal start noise (B, h, w, 4), instead of the seed's.
+            diffusion_noise: unit normal start noise (B, h, w, 4), instead of the seed's. With
+                `input_image` it is the noise put on that.
+            sample_posterior: encode `input_image` by a sample of the autoencoder's posterior, drawn
+                from the seed, instead of its mean.
+            mask_feather: width, in pixels, over which the repainted part fades in, inwards from the
+                mask's edge; 0: a sharp seam. What is narrower hardly shows.
             output: "image": uint8 (B, H, W, 3); "float": the same in [0, 1] float32; "latents":
                 scaled float32 (B, h, w, 4).
             progress: show a progress bar.
 
         Raises:
             TypeError, ValueError: an argument is not as above; the message names it.
-            NotImplementedError: an input image or mask is given, or the model needs one.
-            FileNotFoundError, CheckpointError: the model's files do not fit.
+            FileNotFoundError: there is no such picture or model.
+            CheckpointError: the model's files do not fit.
             FloatingPointError: a network overflowed, as some do in float16.
         """
-        for name, value in (("input_image", input_image), ("input_mask", input_mask)):
-            if value is not None:
-                raise NotImplementedError(f"{name}: this version draws from text only")
-        if self.config.unet.in_channels != self.config.unet.out_channels:
-            raise NotImplementedError(
-                f"{self.config.name} is an inpainting model, which this version cannot draw with; "
-                "take one for text to image"
-            )
         method = get_sampler(sampler)
-        options = method.options(_number("eta", eta), _number("temperature", temperature))
-        levels = steps(self.config.schedule, num_steps, **method.grid)
+        prediction = self.config.schedule.prediction
+        options = method.options(
+            _number("eta", eta), _number("temperature", temperature), prediction
+        )
+        grid = method.grid_on(schedule)
+        levels = steps(self.config.schedule, num_steps, **grid)
         guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
+        strength = _number("input_image_strength", input_image_strength)
+        if not 0 < strength <= 1:
+            raise ValueError(f"input_image_strength must be over 0, up to 1, not {strength!r}")
+        mask_feather = _number("mask_feather", mask_feather)
+        if mask_feather < 0:
+            raise ValueError(f"mask_feather must be 0 pixels or more, not {mask_feather!r}")
         _check_choice("output", output, OUTPUTS)
         self._check_clip_skip(clip_skip)
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
-        count = _count(len(positive), batch_size)
+        images, masks = _sources("input_image", input_image), _sources("input_mask", input_mask)
+        if masks and not images:
+            raise ValueError("input_mask says where to repaint input_image; give that too")
+        if self._inpaints and not masks:
+            raise ValueError(
+                f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
+                "white to repaint the whole picture), or take a model for text to image"
+            )
+        count = _count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
         negative = self._conditions(
             "negative_prompt", negative_prompt, "negative_context", negative_context, emphasis
         )
-        if len(negative) not in (1, count):
-            raise ValueError(
-                f"{len(negative)} negative prompts or contexts for {count} pictures; give one, or "
-                "one a picture"
-            )
+        for name, given in (
+            ("prompts or contexts", positive),
+            ("negative prompts or contexts", negative),
+            ("input images", images),
+            ("input masks", masks),
+        ):
+            if len(given) not in (0, 1, count):
+                raise ValueError(
+                    f"{len(given)} {name} for {count} pictures; give one, or one a picture"
+                )
         shape = self._latents_shape
-        start = None
+        eps = None
         if diffusion_noise is not None:
-            start = _array("diffusion_noise", diffusion_noise, (count, *shape))
+            eps = _array("diffusion_noise", diffusion_noise, (count, *shape))
         seeds = picture_seeds(seed, count)
         noise = Noise(seeds, shape, rng)
+        images = self._loaded("input_image", images, load_image)
+        masks = self._loaded("input_mask", masks, load_mask)
         conditions = filled_up(positive if guidance is None else positive + negative, self._empty)
         self.last_seed = seeds[0]
+        if images:
+            levels = levels[-1 - max(1, int(num_steps * strength)) :]
+        first = levels[0]
+        if not images or (masks and strength == 1):  # noise alone
+            scale = start_scale(self.config.schedule, first, **grid)
+            first = first._replace(alpha=0.0, sigma=scale)
 
         with tqdm(
-            desc="Loading the model", total=num_steps, unit="step", disable=not progress
+            desc="Loading the model", total=len(levels) - 1, unit="step", disable=not progress
         ) as bar:
-            self._need("text_encoder", "unet", "decoder")  # a damaged file must be found now
-            bar.set_description("Reading the text")
+            # All of them now: a damaged file must be found before the work.
+            self._need("text_encoder", "unet", "decoder", *(["encoder"] if images else []))
+            bar.set_description("Reading the input")
+            # Before the start noise: PyTorch users have the posterior's drawn first.
+            posterior = noise.posterior() if images and sample_posterior else None
+            eps = noise.start() if eps is None else eps
+            task = self._task(method.sample, images, masks, first, eps, posterior, mask_feather)
             states = self._states(conditions, clip_skip)
-            contexts = _each(states[: len(positive)], count)
-            negatives = None if guidance is None else _each(states[len(positive) :], count)
+            contexts = _repeated(states[: len(positive)], count), *task.channels
+            negatives = None
+            if guidance is not None:
+                negatives = _repeated(states[len(positive) :], count), *task.channels
 
             def denoise(x, step):
                 step = Step(*map(_tensor, step))
                 return self._denoise(x, step, contexts, negatives, guidance, rescale)
 
             bar.set_description("Denoising")
-            scale = start_scale(self.config.schedule, levels[0], **method.grid)
-            start = _tensor(scale * (noise.start() if start is None else start))
-            for x, _ in method.sample(denoise, start, levels, noise, **options):  # noqa: B007
+            for x, _ in task.sample(denoise, task.start, levels, noise, **options):  # noqa: B007
                 bar.update()
             latents = _finite("denoising", ops.convert_to_numpy(x), self.diffusion_model)
             if output == "latents":
                 return latents
             bar.set_description("Decoding")
-            pictures = self._pictures(latents)
+            pictures = task.finish(self._pictures(latents))
         return pictures if output == "float" else unit_to_uint8(pictures)
 
     def tokenize(
@@ -365,15 +425,19 @@ class StableDiffusion:
         conditions = filled_up(self.tokenize(prompts, emphasis=emphasis), self._empty)
         return self._states(conditions, clip_skip)
 
-    def encode_image(self, images: np.ndarray | Sequence[ImageSource]) -> np.ndarray:
-        """Returns pictures' scaled latents, the posterior's mean: (B, h, w, 4) float32.
+    def encode_image(
+        self, images: np.ndarray | Sequence[ImageSource], noise: Any = None
+    ) -> np.ndarray:
+        """Returns pictures' scaled latents, the posterior's mean or samples: (B, h, w, 4) float32.
 
         Args:
             images: (B, H, W, 3), uint8 or float in [0, 1]; or a list of what `images.load_image`
                 takes. All of one size, whose sides are multiples of the autoencoder's factor.
+            noise: unit normal (B, h, w, 4), to sample the posterior with; None: its mean.
 
         Raises:
             TypeError, ValueError, FileNotFoundError: they are not.
+            FloatingPointError: the encoder overflowed, as some do in float16.
         """
         if not isinstance(images, list | tuple):
             images = np.asarray(images)
@@ -385,11 +449,24 @@ class StableDiffusion:
         sizes = {picture.shape[:2] for picture in pictures}
         if len(sizes) != 1:
             raise ValueError(f"images must be one or more, all of one size, not {sorted(sizes)}")
-        for name, size in zip(("height", "width"), sizes.pop(), strict=True):
-            _check_size(f"the images' {name}", size, self.config.autoencoder.factor)
+        autoencoder = self.config.autoencoder
+        height, width = sizes.pop()
+        for name, size in (("height", height), ("width", width)):
+            _check_size(f"the images' {name}", size, autoencoder.factor)
+        if noise is not None:
+            grid = (height // autoencoder.factor, width // autoencoder.factor)
+            noise = _array("noise", noise, (len(pictures), *grid, autoencoder.latent_channels))
+        return self._encode(pictures, noise)
+
+    def _encode(
+        self, pictures: Sequence[np.ndarray], noise: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Pictures (H, W, 3) in [0, 1] -> scaled latents (B, h, w, 4)."""
         moments = _one_by_one(self._encoder, [unit_to_signed(picture) for picture in pictures])
-        mean, _ = np.split(moments, 2, axis=-1)
-        return mean * np.float32(self.config.autoencoder.scale)
+        latents, log_variance = np.split(_finite("encoding", moments, self.image_encoder), 2, -1)
+        if noise is not None:
+            latents = latents + np.exp(np.clip(log_variance, -30, 20) / 2) * noise
+        return latents * np.float32(self.config.autoencoder.scale)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Returns the pictures of scaled latents (B, h, w, 4): uint8 (B, H, W, 3).
@@ -404,6 +481,64 @@ class StableDiffusion:
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
         pictures = _one_by_one(self._decoder, latents)
         return signed_to_unit(_finite("decoding", pictures, self.image_decoder))
+
+    @property
+    def _inpaints(self) -> bool:
+        """Whether the UNet sees a mask and the masked picture's latents beside its own."""
+        return self.config.unet.in_channels != self.config.unet.out_channels
+
+    def _loaded(
+        self, name: str, sources: Sequence[Any], load: Callable[[Any], np.ndarray]
+    ) -> list[np.ndarray]:
+        """Pictures or masks, of the size that is drawn."""
+        loaded = []
+        for i, source in enumerate(sources):
+            try:
+                loaded.append(resize(load(source), self.img_height, self.img_width))
+            except (TypeError, ValueError) as error:
+                label = f"{name}[{i}]" if len(sources) > 1 else name
+                raise type(error)(f"{label}: {error}") from error
+        return loaded
+
+    def _task(
+        self,
+        sample: Callable,
+        images: Sequence[np.ndarray],
+        masks: Sequence[np.ndarray],
+        first: Step,
+        eps: np.ndarray,
+        posterior: np.ndarray | None,
+        mask_feather: float,
+    ) -> _Task:
+        """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
+
+        Args:
+            sample: the sampler.
+            images, masks: none, one, or one a picture.
+            first: the level of the images and of `eps` (B, h, w, 4) to start from.
+            posterior: noise (B, h, w, 4) to encode the images with; None: by the mean.
+            mask_feather: pixels.
+        """
+        originals = self._encode(images, posterior) if images else 0.0
+        start = _tensor(add_noise(originals, eps, first))
+        if not masks:
+            return _Task(start, sample)
+
+        pixels = np.stack(images)
+        repainted = (np.stack(masks) >= 0.5).astype(np.float32)
+        weights = np.stack([feather(mask, mask_feather) for mask in repainted])
+
+        def finish(pictures):
+            return weights * pictures + (1 - weights) * pixels
+
+        factor = self.config.autoencoder.factor
+        mask = repainted[:, ::factor, ::factor]
+        if self._inpaints:
+            grey = self._encode(np.where(repainted, np.float32(0.5), pixels), posterior)
+            channels = tuple(_repeated(part, len(eps)) for part in (mask, grey))
+            return _Task(start, sample, channels, finish)
+        repaint = repainting(sample, *map(_tensor, (originals, mask, eps)))
+        return _Task(start, repaint, finish=finish)
 
     @property
     def _latents_shape(self) -> tuple[int, int, int]:
@@ -473,8 +608,9 @@ class StableDiffusion:
         unet, prediction = self.diffusion_model, self.config.schedule.prediction
 
         def denoise(x, step, context, negative_context, guidance, rescale):
-            def network(*inputs):
-                return unet(list(inputs))
+            def network(latents, timesteps, context):
+                states, *channels = context
+                return unet([ops.concatenate([latents, *channels], -1), timesteps, states])
 
             return denoiser(network, prediction, context, negative_context, guidance, rescale)(
                 x, step
@@ -520,13 +656,13 @@ def _finite(stage: str, values: np.ndarray, network: keras.Model) -> np.ndarray:
     raise FloatingPointError(f"{stage}: the network overflowed in {dtype}; {remedy}")
 
 
-def _each(states: np.ndarray, count: int) -> Any:
-    """States of one picture or `count` -> a tensor of `count`."""
-    return _tensor(np.repeat(states, count // len(states), axis=0))
-
-
 def _tensor(value: Any) -> Any:
     return ops.convert_to_tensor(value, "float32")
+
+
+def _repeated(values: Any, count: int) -> Any:
+    """One or `count` values -> tensor of `count`."""
+    return _tensor(np.repeat(values, count // len(values), axis=0))
 
 
 def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:
@@ -573,15 +709,25 @@ def _texts(name: str, given: Any) -> list[str]:
     return list(texts)
 
 
+def _sources(name: str, given: Any) -> list[Any]:
+    """One picture or several, or None -> list of what `load_image` takes."""
+    if given is None:
+        return []
+    several = isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 4)
+    if several and not len(given):
+        raise ValueError(f"{name} is an empty list; give at least one picture, or None")
+    return list(given) if several else [given]
+
+
 def _count(given: int, batch_size: Any) -> int:
-    """Number of pictures of `given` prompts."""
+    """Number of pictures of `given` prompts, or of whatever there are most of."""
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
     if given == 1:
         return int(batch_size)
     if batch_size not in (1, given):
         raise ValueError(
-            f"batch_size {batch_size} does not fit {given} prompts or contexts, which give "
+            f"batch_size {batch_size} does not fit {given} prompts, contexts or images, which give "
             f"{given} pictures; leave it out, or repeat them in the list"
         )
     return given

@@ -13,6 +13,7 @@ from PIL import Image
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.cli import main, quiet_import, slug
+from stable_diffusion_tf.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +54,28 @@ def test_pictures_are_those_of_generate(sdtf, tiny_model):
         assert abs(difference).max() <= 1  # rounded, alone and in a batch
 
 
+def test_pictures_are_drawn_over_pictures(sdtf, tiny_model):
+    photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 4:20] = 255
+    Image.fromarray(photo).save("photo.png")
+    Image.fromarray(mask).save("mask.png")
+    arguments = ["--image", "photo.png", "--strength", "0.6", "--steps", "5", "--seed", "7"]
+    result = sdtf("a cat", *arguments, "--mask", "mask.png", "--feather", "2")
+    assert result.exit_code == 0, result.output
+    sdtf("a dog", *arguments)
+
+    settings = {"num_steps": 5, "seed": 7, "input_image": photo, "input_image_strength": 0.6}
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    (cat,) = sd.generate("a cat", input_mask=mask, mask_feather=2, progress=False, **settings)
+    (dog,) = sd.generate("a dog", progress=False, **settings)
+    np.testing.assert_array_equal(pixels("outputs/a-cat.png"), cat)
+    np.testing.assert_array_equal(pixels("outputs/a-dog.png"), dog)
+    with Image.open("outputs/a-cat.png") as image:
+        made = json.loads(image.text["stable_diffusion_tf"])
+    assert (made["image"], made["mask"], made["strength"]) == ("photo.png", "mask.png", 0.6)
+
+
 def test_the_png_says_how_to_draw_it_again(sdtf):
     choices = ("--sampler", "euler_ancestral", "--clip-skip", "2", "--rng", "torch", "--literal")
     first = sdtf("a (cat)", "--steps", "3", "--size", "20x14", *choices)
@@ -68,6 +91,7 @@ def test_the_png_says_how_to_draw_it_again(sdtf):
         "rng": "torch",
         "steps": 3,
         "sampler": "euler_ancestral",
+        "schedule": None,
         "guidance": 3.0,
         "size": "20x14",
         "eta": 0.0,
@@ -110,7 +134,13 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--steps", "500"], "num_steps must be a whole number from 1 to 499"),
         (["a", "--size", "33"], "must be a multiple of 2"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
+        (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),
         (["a", "--rescale", "2"], "guidance_rescale must be from 0 to 1"),
+        (["a", "--image", "no.png"], "No such file or directory: 'no.png'"),
+        (["a", "--image", "file"], "file is no picture in one of PNG, JPEG"),
+        (["a", "--mask", "file"], "input_mask says where to repaint input_image"),
+        (["a", "--strength", "1.5"], "input_image_strength must be over 0, up to 1, not 1.5"),
+        (["a", "--feather", "-1"], "mask_feather must be 0 pixels or more"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["a", "(cat:101)"], "prompt[1]: 'cat' has the weight 101"),
         (["a", "--clip-skip", "4"], "clip_skip must be a whole number from 1 to 3"),
@@ -195,6 +225,13 @@ def test_wrong_usage_is_explained(sdtf, arguments, message):
 )
 def test_a_prompt_makes_a_file_name(prompt, stem):
     assert slug(prompt) == stem
+
+
+def test_samplers_are_listed_one_a_line():
+    result = CliRunner().invoke(main, ["samplers"])
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(SAMPLERS)
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
 def test_help_teaches_and_waits_for_no_backend():

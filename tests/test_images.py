@@ -1,6 +1,10 @@
 import json
 import os
+import struct
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -72,7 +76,7 @@ def test_16_bit_grey_keeps_its_precision(tmp_path):
         np.testing.assert_array_equal(loaded[..., 0], grey / np.float32(65535))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "F"])
 def test_white_is_white_in_every_mode(mode):
     white = Image.new("RGB", (2, 1), "white").convert(mode)
     if mode == "F":
@@ -95,6 +99,162 @@ def test_white_is_white_in_every_mode(mode):
 def test_what_is_no_picture_is_refused(source, error, message):
     with pytest.raises(error, match=message):
         images.load_image(source)
+
+
+def bomb(width, height):
+    """A PNG that says it has width x height grey pixels."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*each) for each in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    )
+
+
+@pytest.mark.parametrize("size", [(6000, 6000), (12000, 10000), (65500, 65500), (2**31 - 1, 1)])
+def test_decompression_bombs_are_refused_unread(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(bomb(*size))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.png is too large: .* Scale it down first"):
+        images.load_image(tmp_path / "bomb.png")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20
+
+
+def test_pil_images_are_checked_as_files_are():
+    with pytest.raises(ValueError, match=r"The PIL image is too large: it has 6000x6000 pixels"):
+        images.load_image(Image.new("1", (6000, 6000)))
+    cut = BytesIO()
+    Image.new("L", (500, 500)).save(cut, "bmp")
+    cut.truncate(1000)
+    with pytest.raises(ValueError, match=r"The PIL image is damaged, .* truncated"):
+        images.load_image(Image.open(cut))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
+def test_mutated_files_load_or_are_refused(picture, tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = BytesIO()
+    Image.fromarray(np.tile(picture, (4, 4, 1))).save(whole, kind, exif=exif)
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"mutated.{kind}"
+    for _ in range(150):
+        mutated = np.frombuffer(whole.getvalue(), np.uint8).copy()
+        places = rng.integers(0, len(mutated), rng.integers(1, 20))
+        mutated[places] = rng.integers(0, 256, len(places))
+        path.write_bytes(mutated[: rng.integers(len(mutated) // 2, 2 * len(mutated))].tobytes())
+        try:
+            loaded = images.load_image(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert loaded.shape[-1] == 3 and 0 <= loaded.min() <= loaded.max() <= 1
+
+
+def test_other_formats_are_not_opened(tmp_path):
+    (tmp_path / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match=r"program\.png is no picture in one of PNG, JPEG, WEBP"):
+        images.load_image(tmp_path / "program.png")
+
+
+def test_an_animation_gives_its_first_picture(picture, tmp_path):
+    first, second = (Image.fromarray(each) for each in (picture, 255 - picture))
+    first.save(tmp_path / "moving.webp", save_all=True, append_images=[second], lossless=True)
+    first.save(tmp_path / "moving.png", save_all=True, append_images=[second])
+    for name in ("moving.webp", "moving.png"):
+        loaded = images.load_image(tmp_path / name)
+        np.testing.assert_array_equal(loaded, picture.astype(np.float32) / 255)
+
+
+class TestMasks:
+    def test_white_is_1_in_every_kind(self, tmp_path):
+        grey = np.array([[0, 127, 128, 255]], np.uint8)
+        expected = (grey / np.float32(255))[..., None]
+        Image.fromarray(grey).save(tmp_path / "mask.png")
+        sources = [grey, tmp_path / "mask.png", Image.fromarray(grey), expected]
+        for source in [*sources, np.repeat(expected, 3, -1), Image.fromarray(grey).convert("P")]:
+            loaded = images.load_mask(source)
+            assert loaded.dtype == np.float32
+            np.testing.assert_array_equal(loaded, expected)
+        np.testing.assert_array_equal(images.load_mask(grey > 127), expected > 0.5)
+
+    def test_colours_count_by_their_luma(self):
+        primaries = np.eye(3, dtype=np.float32)[None]
+        luma = images.load_mask(np.concatenate([primaries, np.ones((1, 1, 3))], axis=1))
+        np.testing.assert_allclose(luma[0, :, 0], [0.299, 0.587, 0.114, 1], atol=1e-6)
+
+    def test_transparency_is_kept(self):
+        rgba = np.full((1, 2, 4), 255, np.uint8)
+        rgba[0, 0, 3] = 0
+        np.testing.assert_array_equal(images.load_mask(rgba)[0, :, 0], [0, 1])
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (np.eye(4, dtype=np.uint8), r"brightest value is 0\.003922, which is black"),
+            (np.eye(4) * 255, r"lies in \[0, 1\]; this one lies in \[0, 255\]"),
+            (np.eye(4) - 0.5, r"\[-0\.5, 0\.5\]"),
+            (np.eye(4, dtype=np.int64), "int64"),
+        ],
+    )
+    def test_values_out_of_range_are_refused(self, mask, message):
+        with pytest.raises(ValueError, match=message):
+            images.load_mask(mask)
+
+    def test_nothing_to_repaint_is_a_mask(self):
+        assert not images.load_mask(np.zeros((2, 3))).any()
+
+
+class TestResize:
+    def test_the_same_size_changes_no_bit(self):
+        image = np.random.default_rng(0).random((5, 7, 3), dtype=np.float32)
+        np.testing.assert_array_equal(images.resize(image, 5, 7), image)
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 500)])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_any_size_is_stretched_to_any_other(self, size, channels):
+        colour = np.linspace(0.2, 0.8, channels, dtype=np.float32)
+        resized = images.resize(np.tile(colour, (*size, 1)), 24, 32)
+        assert resized.shape == (24, 32, channels) and resized.dtype == np.float32
+        np.testing.assert_allclose(resized, np.tile(colour, (24, 32, 1)), atol=1e-6)
+
+    def test_many_pixels_are_averaged_and_none_lost(self):
+        fine = np.indices((64, 96)).sum(0)[..., None] % 2  # a chequerboard that nearest would alias
+        np.testing.assert_allclose(images.resize(fine, 8, 12), 0.5, atol=0.02)
+        ramp = np.tile(np.linspace(0, 1, 96), (64, 1))[..., None]
+        np.testing.assert_allclose(
+            images.resize(ramp, 8, 12)[4, :, 0], (np.arange(12) + 0.5) / 12, atol=0.02
+        )
+
+    def test_overshooting_edges_are_clipped(self):
+        edge = np.zeros((8, 8, 1))
+        edge[:, 4:] = 1
+        resized = images.resize(edge, 31, 31)
+        assert (resized.min(), resized.max()) == (0, 1)
+
+
+class TestFeather:
+    MASK = np.zeros((40, 60, 1), np.float32)
+    MASK[:, 20:] = 1
+
+    def test_none_leaves_the_mask(self):
+        np.testing.assert_array_equal(images.feather(self.MASK, 0), self.MASK)
+
+    def test_weights_rise_inwards_from_the_edge(self):
+        weights = images.feather(self.MASK, 8)
+        assert weights.shape == self.MASK.shape and weights.dtype == np.float32
+        assert not weights[:, :20].any()  # what is kept is kept exactly
+        row = weights[20, 20:, 0]
+        assert 0 <= row[0] < 0.2 and row[8] > 0.8 and (row[12:] == 1).all()
+        assert (np.diff(row) >= 0).all()
 
 
 def test_damaged_files_are_named(picture, tmp_path):

@@ -1,17 +1,19 @@
 import logging
+import re
 from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
 import synth
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny import FILES, TINY, write_folder
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
+from stable_diffusion_tf.images import load_image, resize, unit_to_uint8
 from stable_diffusion_tf.samplers import SAMPLERS
 
 PROMPT = "a red apple"
@@ -29,6 +31,19 @@ def sd(request, tiny_model):
 def small(tiny_model):
     """Of odd latents, for what does not depend on how it is compiled."""
     return StableDiffusion.from_pretrained(tiny_model, img_height=14, img_width=10)
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory, tiny_weights):
+    """A model whose UNet sees the mask and the masked picture."""
+    config = replace(TINY, unet=replace(TINY.unet, in_channels=9))
+    unet = {
+        **tiny_weights["unet"],
+        "conv_in.weight": synth.weight("conv_in.weight", (32, 9, 3, 3)),
+    }
+    folder = tmp_path_factory.mktemp("models") / "inpainting"
+    write_folder(folder, config, {**tiny_weights, "unet": unet})
+    return StableDiffusion.from_pretrained(folder, img_height=32, img_width=48)
 
 
 def latents(sd, *args, **settings):
@@ -65,6 +80,32 @@ def test_pictures_are_the_references(sd, golden, name, settings):
 
 
 @pytest.mark.parametrize(
+    "name", [name for name in synth.golden("tiny_pipeline") if name.startswith(("i2i", "inpaint"))]
+)
+def test_pictures_drawn_on_are_the_references(sd, inpainting, golden, name):
+    task, sampler, num_steps, strength = re.fullmatch(
+        r"(i2i|inpaint4|inpaint9)_(\w+?)(\d+)(?:_strength(.+))?", name
+    ).groups()
+    noise = {"i2i": f"i2i{strength}", "inpaint4": f"inp{strength}", "inpaint9": "inp9"}[task]
+    model = inpainting if task == "inpaint9" else sd
+    states = np.asarray(model.text_encoder(golden["ids"]))
+    result = latents(
+        model,
+        None,
+        num_steps=int(num_steps),
+        sampler=sampler,
+        context=states[:2],
+        negative_context=states[2:],
+        unconditional_guidance_scale=float(golden["guidance"]),
+        input_image=1 / (1 + np.exp(-synth.inputs("Atiny_pipeline/image", (2, 32, 48, 3)))),
+        input_mask=None if task == "i2i" else golden["mask"],
+        input_image_strength=float(strength or 1),
+        diffusion_noise=synth.inputs(f"Atiny_pipeline/{noise}/noise0", (2, 16, 24, 4)),
+    )
+    assert synth.relative_error(result, golden[name]) <= 1e-4
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"unconditional_guidance_scale": 7.5, "eta": 1.0},
@@ -77,6 +118,140 @@ def test_an_image_is_the_same_alone_and_in_a_batch(sd, settings):
         (alone,) = latents(sd, PROMPT, "blue", num_steps=5, seed=7 + i, **settings)
         assert synth.relative_error(alone, batch[i]) <= 1e-5
     assert synth.relative_error(batch[0], batch[1]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return np.random.default_rng(0).integers(0, 256, (14, 10, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    mask = np.zeros((14, 10), bool)
+    mask[3:9, 2:7] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "strength", "run"),
+    [(10, 0.5, 5), (10, 0.59, 5), (10, 1, 10), (10, 0.01, 1), (50, 0.02, 1), (1, 0.5, 1)],
+)
+def test_strength_is_the_share_of_steps_that_run(
+    small, photo, monkeypatch, num_steps, strength, run
+):
+    seen = []
+    original = small._denoise
+    monkeypatch.setitem(
+        small.__dict__, "_denoise", lambda x, *args: seen.append(x) or original(x, *args)
+    )
+    settings = {"num_steps": num_steps, "input_image": photo, "input_image_strength": strength}
+    latents(small, PROMPT, **settings)
+    assert len(seen) == run
+
+
+def test_images_come_from_anywhere(small, photo, tmp_path):
+    settings = {"num_steps": 2, "seed": 0}
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    found = latents(small, PROMPT, input_image=photo, **settings)
+    path = tmp_path / "photo.png"
+    unit = photo / np.float32(255)
+    for source in (path, str(path), Image.fromarray(photo), unit, unit[None], [photo], (path,)):
+        np.testing.assert_array_equal(latents(small, PROMPT, input_image=source, **settings), found)
+
+
+def test_images_and_masks_are_stretched_to_the_models_size(small, photo, mask):
+    def enlarged(array):
+        return np.repeat(np.repeat(array, 4, 0), 3, 1)
+
+    settings = {"num_steps": 2, "seed": 0, "progress": False, "input_image_strength": 1}
+    for size in ((1, 1), (1, 20000)):
+        grey = np.full((*size, 3), 99, np.uint8)
+        mark = np.ones(size, bool)
+        small.generate(PROMPT, input_image=grey, input_mask=mark, **settings)
+        kept = small.generate(PROMPT, input_image=grey, input_mask=~mark, **settings)
+        np.testing.assert_array_equal(kept, np.full((1, 14, 10, 3), 99))
+    found = small.generate(PROMPT, input_image=photo, input_mask=mask, **settings)
+    again = small.generate(PROMPT, input_image=photo, input_mask=enlarged(mask), **settings)
+    np.testing.assert_array_equal(found, again)
+
+
+def test_several_images_give_one_picture_each(small, photo, mask):
+    photos, masks = [photo, photo[::-1]], np.stack([mask, mask[::-1]])[..., None]
+    settings = {"num_steps": 2, "input_image_strength": 1}
+    together = latents(small, PROMPT, input_image=photos, input_mask=masks, seed=5, **settings)
+    for i in range(2):
+        (alone,) = latents(
+            small, PROMPT, input_image=photos[i], input_mask=masks[i], seed=5 + i, **settings
+        )
+        assert synth.relative_error(alone, together[i]) <= 1e-5
+    shared = latents(small, ["a", "b"], input_image=photo, input_mask=masks, **settings)
+    assert shared.shape == (2, 7, 5, 4)
+
+
+@pytest.mark.parametrize("model", ["small", "inpainting"])
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_what_is_not_masked_is_the_original_exactly(request, photo, mask, model, strength):
+    sd = request.getfixturevalue(model)
+    shape = (sd.img_height, sd.img_width)
+    image = np.random.default_rng(0).random((*shape, 3), dtype=np.float32)
+    mask = np.zeros(shape, bool)
+    mask[3:9, 2:7] = True
+    settings = {"input_mask": mask, "input_image_strength": strength, "seed": 0}
+    settings |= {"num_steps": 2, "batch_size": 2, "progress": False}
+    found = sd.generate(PROMPT, input_image=image, output="float", **settings)
+    np.testing.assert_array_equal(found[:, ~mask], [image[~mask]] * 2)
+    assert abs(found[:, mask] - image[mask]).mean() > 0.01
+
+    image = np.rint(image * 255).astype(np.uint8)
+    sharp = sd.generate(PROMPT, input_image=image, **settings)
+    soft = sd.generate(PROMPT, input_image=image, mask_feather=3, **settings)
+    np.testing.assert_array_equal(sharp[:, ~mask], [image[~mask]] * 2)
+    np.testing.assert_array_equal(soft[:, ~mask], [image[~mask]] * 2)
+    assert abs(soft - image.astype(float)).sum() < abs(sharp - image.astype(float)).sum()
+
+
+def test_diffusion_noise_is_the_noise_on_the_image(small, photo, mask):
+    noise = np.random.default_rng(1).standard_normal((1, 7, 5, 4))
+    for settings in ({}, {"input_mask": mask}, {"input_mask": mask, "input_image_strength": 1}):
+        settings = {"num_steps": 3, "input_image": photo, **settings}
+        found = [latents(small, PROMPT, diffusion_noise=noise, seed=s, **settings) for s in (1, 2)]
+        np.testing.assert_array_equal(*found)
+
+
+def test_the_posterior_is_sampled_on_request(small, photo):
+    mean, half = small.encode_image([photo] * 2), np.full((2, 7, 5, 4), 0.5)
+    np.testing.assert_array_equal(small.encode_image([photo] * 2, 0 * half), mean)
+    sampled = [small.encode_image([photo] * 2, noise) for noise in (half, 2 * half)]
+    np.testing.assert_allclose(sampled[1] - mean, 2 * (sampled[0] - mean), rtol=0, atol=1e-5)
+    deviation = (sampled[1] - mean) / TINY.autoencoder.scale
+    moments = np.asarray(small.image_encoder(photo[None] / np.float32(127.5) - 1))
+    expected = np.exp(moments[..., 4:] / 2)
+    np.testing.assert_allclose(deviation[:1], expected, rtol=1e-3, atol=1e-4)
+
+    settings = {"input_image": photo, "num_steps": 2, "batch_size": 2}
+    found = [latents(small, PROMPT, sample_posterior=s, seed=0, **settings) for s in (0, 1)]
+    assert synth.relative_error(found[1], found[0]) > 1e-3
+
+
+def test_the_embedded_model_draws_over_pictures():
+    sd = StableDiffusion.from_pretrained("emoji")
+    disc = Image.new("RGB", (4 * sd.img_width, 4 * sd.img_height), "white")
+    ImageDraw.Draw(disc).ellipse([40, 40, 200, 200], fill="red")
+    disc = unit_to_uint8(resize(load_image(disc), sd.img_height, sd.img_width))
+
+    def draw(strength, num_steps, **settings):
+        settings |= {"input_image_strength": strength, "num_steps": num_steps, "seed": 0}
+        return sd.generate("apple", input_image=disc, progress=False, **settings)[0]
+
+    def error(picture, other):
+        return np.sqrt(((picture / 255.0 - other / 255.0) ** 2).mean())
+
+    (decoded,) = sd.decode(sd.encode_image(disc[None]))
+    assert error(draw(0.02, 50), decoded) < 0.03 < 0.1 < error(draw(1, 2), decoded)
+
+    mask = np.zeros(disc.shape[:2], bool)
+    mask[20:40, 24:50] = True
+    np.testing.assert_array_equal(draw(1, 2, input_mask=mask)[~mask], disc[~mask])
 
 
 def test_nothing_but_another_shape_compiles_again(tiny_model, monkeypatch):
@@ -279,6 +454,16 @@ def test_every_sampler_draws(small, sampler):
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_a_schedule_moves_the_noise_levels(small, sampler):
+    settings = {"num_steps": 3, "seed": 0, "sampler": sampler}
+    own, karras = (
+        latents(small, PROMPT, schedule=schedule, **settings) for schedule in (None, "karras")
+    )
+    assert np.isfinite(karras).all()
+    assert synth.relative_error(karras, own) > 1e-3
+
+
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("ddpm", 0.0)])
 def test_temperature_scales_added_noise(small, sampler, eta):
     def draw(temperature, seed):
@@ -359,6 +544,8 @@ def test_the_bar_names_the_stages(small, capsys):
 
 
 NAN = float("nan")
+WHITE = np.ones((2, 3, 3))
+PAIR = {"input_image": WHITE, "input_mask": WHITE}
 WRONG = [
     ((7,), {}, TypeError, "prompt must be text or a list of texts, not 7"),
     (([PROMPT, None],), {}, TypeError, "prompt must be text or a list of texts"),
@@ -385,6 +572,9 @@ WRONG = [
     ((PROMPT,), {"temperature": -1}, ValueError, "temperature must be a number, 0 or more"),
     ((PROMPT,), {"eta": NAN}, ValueError, "eta must be finite"),
     ((PROMPT,), {"eta": 2}, ValueError, "eta must be from 0"),
+    ((PROMPT,), {"schedule": "karras"}, ValueError, "'karras' does not apply"),
+    ((PROMPT,), {"schedule": "even", "sampler": "euler"}, ValueError, "unknown schedule 'even'"),
+    ((PROMPT,), {"num_steps": 51, "sampler": "lcm"}, ValueError, "num_steps must .* 1 to 50"),
     ((PROMPT,), {"eta": 0.5, "sampler": "euler"}, ValueError, "samplers with one: ddim"),
     ((PROMPT,), {"guidance_rescale": NAN}, ValueError, "guidance_rescale must be finite"),
     ((PROMPT,), {"guidance_rescale": 1.5}, ValueError, "guidance_rescale must be from 0 to 1"),
@@ -404,8 +594,22 @@ WRONG = [
     ((None,), {"context": np.full((77, 32), NAN)}, ValueError, "context has NaN"),
     ((PROMPT,), {"negative_context": np.zeros(32)}, ValueError, "negative_context must have"),
     ((PROMPT,), {"diffusion_noise": np.zeros((1, 5, 7, 4))}, ValueError, r"\(1, 7, 5, 4\), not"),
-    ((PROMPT,), {"input_image": "cat.png"}, NotImplementedError, "input_image"),
-    ((PROMPT,), {"input_mask": "cat.png"}, NotImplementedError, "input_mask"),
+    ((PROMPT,), {"input_image": "cat.png"}, FileNotFoundError, "cat.png"),
+    ((PROMPT,), {"input_image": []}, ValueError, "input_image is an empty list"),
+    ((PROMPT,), {"input_image": 7}, TypeError, "input_image: A picture is a path"),
+    ((PROMPT,), {"input_image": WHITE * 2}, ValueError, r"input_image: .* lies in \[0, 1\]"),
+    ((PROMPT,), {"input_image": [WHITE, WHITE * 2]}, ValueError, r"^input_image\[1\]: "),
+    ((["a"] * 3,), {"input_image": [WHITE] * 2}, ValueError, "2 input images for 3 pictures"),
+    (([PROMPT] * 2,), {"input_image": [WHITE] * 3}, ValueError, "2 prompts or contexts for 3"),
+    ((PROMPT,), {"input_mask": WHITE}, ValueError, "input_mask says where .* input_image; give"),
+    ((PROMPT,), {**PAIR, "input_mask": WHITE - 2}, ValueError, r"input_mask: .*\[-1, -1\]"),
+    ((PROMPT,), {**PAIR, "input_mask": WHITE / 255}, ValueError, "input_mask: .* brightest"),
+    ((PROMPT,), {**PAIR, "mask_feather": -1}, ValueError, "mask_feather must be 0 pixels or more"),
+    ((PROMPT,), {**PAIR, "mask_feather": NAN}, ValueError, "mask_feather must be finite"),
+    ((PROMPT,), {"input_image_strength": 0}, ValueError, "strength must be over 0, up to 1, not"),
+    ((PROMPT,), {"input_image_strength": 1.01}, ValueError, "input_image_strength must be over 0"),
+    ((PROMPT,), {"input_image_strength": NAN}, ValueError, "input_image_strength must be finite"),
+    ((PROMPT,), {**PAIR, "seed": -1}, ValueError, "seed must be a whole number from 0"),
 ]
 
 
@@ -473,16 +677,20 @@ def test_wrong_images_are_refused(small, images, error, message):
         small.encode_image(images)
 
 
+def test_wrong_noise_of_the_posterior_is_refused(small):
+    with pytest.raises(ValueError, match=r"noise must have the shape \(1, 3, 4, 4\)"):
+        small.encode_image(np.zeros((1, 6, 8, 3)), np.zeros((1, 4, 3, 4)))
+
+
 def test_wrong_latents_are_refused(small):
     with pytest.raises(ValueError, match=r"latents must have the shape \(B, h, w, 4\)"):
         small.decode(np.zeros((7, 5, 4)))
 
 
-def test_an_inpainting_model_is_refused(tmp_path, tiny_weights):
-    unet = replace(TINY.unet, in_channels=9)
-    folder = write_folder(tmp_path / "inpaint", replace(TINY, unet=unet), tiny_weights)
-    with pytest.raises(NotImplementedError, match="inpainting model"):
-        StableDiffusion.from_pretrained(folder).generate(PROMPT)
+def test_an_inpainting_model_wants_a_mask(inpainting, photo):
+    for settings in ({}, {"input_image": photo}):
+        with pytest.raises(ValueError, match="inpainting model: give input_image and input_mask"):
+            inpainting.generate(PROMPT, **settings)
 
 
 class TestTheEarlierPortsConstructor:

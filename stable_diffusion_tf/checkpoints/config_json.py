@@ -311,6 +311,7 @@ def write_config(config: ModelConfig) -> dict[str, dict[str, Any]]:
     return {
         "model_index.json": {
             "_class_name": f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
+            "_diffusers_version": "0.35.0",  # its inpainting pipeline opens none without
             OURS: {"name": config.name, "guidance": config.guidance},
             "feature_extractor": [None, None],
             "requires_safety_checker": False,

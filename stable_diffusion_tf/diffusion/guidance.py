@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from numbers import Real
 
-from keras import ops
+from keras import ops, tree
 
 
 def guided(
@@ -22,7 +22,7 @@ def guided(
     Args:
         network: `network(latents (B, h, w, c), timesteps (B,), context (B, 77, width))`, returning
             its raw prediction, shaped as the latents.
-        context: (B, 77, width).
+        context: (B, 77, width); or whatever else the network takes, as a tuple of (B, …) tensors.
         negative_context: what to be drawn away from, shaped as `context`; None: no guidance.
         guidance: a number, of which 1 or less runs the network without guidance; or a scalar
             tensor, whose value a compiled function cannot look at: it always guides.
@@ -32,7 +32,7 @@ def guided(
     """
     if negative_context is None or (isinstance(guidance, Real) and guidance <= 1):
         return lambda latents, timesteps: network(latents, timesteps, context)
-    contexts = ops.concatenate([negative_context, context])
+    contexts = tree.map_structure(lambda *both: ops.concatenate(both), negative_context, context)
 
     def predict(latents, timesteps):
         both = network(
