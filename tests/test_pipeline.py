@@ -609,7 +609,7 @@ WRONG = [
     ((PROMPT,), {"input_image_strength": 0}, ValueError, "strength must be over 0, up to 1, not"),
     ((PROMPT,), {"input_image_strength": 1.01}, ValueError, "input_image_strength must be over 0"),
     ((PROMPT,), {"input_image_strength": NAN}, ValueError, "input_image_strength must be finite"),
-    ((PROMPT,), {**PAIR, "seed": -1}, ValueError, "seed must be a whole number from 0"),
+    ((PROMPT,), {**PAIR, "seed": -2}, ValueError, "seed must be a whole number from 0"),
 ]
 
 
