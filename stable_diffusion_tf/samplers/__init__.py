@@ -23,7 +23,9 @@ from stable_diffusion_tf.samplers.euler import euler, euler_ancestral
 from stable_diffusion_tf.samplers.heun import heun
 from stable_diffusion_tf.samplers.lcm import lcm
 from stable_diffusion_tf.samplers.lms import lms
+from stable_diffusion_tf.samplers.noise import STREAMS as STREAMS
 from stable_diffusion_tf.samplers.noise import Noise as Noise
+from stable_diffusion_tf.samplers.noise import picture_seeds as picture_seeds
 from stable_diffusion_tf.samplers.pndm import pndm
 from stable_diffusion_tf.samplers.unipc import unipc
 

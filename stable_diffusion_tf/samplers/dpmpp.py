@@ -1,7 +1,7 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): multistep, of second order, in x0.
 
-With lambda = log(alpha / sigma), the first-order step (equation 9) is DDIM's. The second-order one
-(algorithm 2) is DDIM's too, from an x0 that is extrapolated to the middle of the step.
+With lambda = log(alpha / sigma), the first-order step is DDIM's. The second-order one (algorithm 2)
+is DDIM's too, from an x0 that is extrapolated to the middle of the step.
 """
 
 from itertools import pairwise
@@ -16,7 +16,7 @@ def dpmpp_2m(denoise, x, steps, noise):
 
 
 def dpmpp_2m_sde(denoise, x, steps, noise, *, eta=1.0, temperature=1.0):
-    """SDE-DPM-Solver++(2M) (equation 18): fresh noise after each step, scaled by `temperature`."""
+    """SDE-DPM-Solver++(2M): the same with fresh noise after each step, scaled by `temperature`."""
     last = None
     for i, (now, after) in enumerate(pairwise(steps)):
         x0 = denoise(x, now)

@@ -5,7 +5,7 @@ def lcm(denoise, x, steps, noise, *, temperature=1.0):
     """Multistep sampling of latent consistency models (Luo et al. 2023, arXiv:2310.04378).
 
     The clean latents of each step (algorithm 3), noised again to the level of the next, by noise
-    that `temperature` scales. The consistency function is c_skip x + c_out x0 (section 4.2), with
+    that `temperature` scales. The consistency function is c_skip x + c_out x0 (section 4), with
     the published model's data deviation of 0.5 and timesteps scaled by 10.
     """
     for i, (now, after) in enumerate(pairwise(steps)):

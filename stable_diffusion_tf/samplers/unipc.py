@@ -32,7 +32,7 @@ def _corrected(x0, now, past):
     before, x0_before, _ = past[0]
     h = length(start, now)
     ratio = -length(before, start) / h
-    # rho of both x0 solves equation 7: its matrix is ((1, 1), (ratio, 1)).
+    # What both x0 weigh solves the system of theorem 3.1: its matrix is ((1, 1), (ratio, 1)).
     b1 = -1 / h - 1 / expm1(-h)
     b2 = -2 * b1 / h - 1 / expm1(-h)
     rho = (b1 - b2) / (1 - ratio)
