@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # Keras reads it once, when it is imported
 
 if TYPE_CHECKING:
+    from stable_diffusion_tf.checkpoints.hub import DownloadError as DownloadError
     from stable_diffusion_tf.checkpoints.readers import CheckpointError as CheckpointError
     from stable_diffusion_tf.pipeline import StableDiffusion as StableDiffusion
 
-_MODULES = {"CheckpointError": "checkpoints.readers", "StableDiffusion": "pipeline"}
+_MODULES = {
+    "CheckpointError": "checkpoints.readers",
+    "DownloadError": "checkpoints.hub",
+    "StableDiffusion": "pipeline",
+}
 __all__ = sorted(_MODULES)
 
 

@@ -121,7 +121,17 @@ def main() -> None:
     help="Pixels over which what is repainted fades in, inwards from the mask's edge.",
 )
 @click.option(
-    "--weights", default="emoji", show_default=True, help="A preset, or a model's folder."
+    "--weights",
+    default="emoji",
+    show_default=True,
+    metavar="MODEL",
+    help="A preset (see `sdtf weights list`), a folder, or owner/name on a hub.",
+)
+@click.option("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
+@click.option(
+    "--prediction",
+    type=click.Choice(["epsilon", "v"]),
+    help="What a single file's network predicts, where nothing says it.",
 )
 @click.option(
     "--dtype",
@@ -159,6 +169,8 @@ def generate(
     strength: float,
     feather: float,
     weights: str,
+    vae: str | None,
+    prediction: str | None,
     dtype: str,
     jit: bool,
     output: Path,
@@ -186,13 +198,21 @@ def generate(
         if not prompts:
             raise click.UsageError("give a PROMPT, or a --prompts-file with one a line")
         check_folder(output)
+        if quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with quiet_import():
             from stable_diffusion_tf.images import free_path, png_text, save_png
             from stable_diffusion_tf.pipeline import StableDiffusion
 
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
-            weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
+            weights,
+            img_height=height,
+            img_width=width,
+            dtype=dtype,
+            jit_compile=jit,
+            vae=vae,
+            prediction=prediction,
         )
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt", emphasis=not literal)
@@ -254,6 +274,114 @@ def read_prompts(file: TextIO | None) -> tuple[str, ...]:
         return tuple(line.strip() for line in file or () if line.strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {file.name} is not UTF-8: {error}") from None
+
+
+@main.command(no_args_is_help=True)
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Of the stored weights: float32, float16 or bfloat16.",
+)
+def convert(source: str, target: Path, dtype: str) -> None:
+    """Write the model SOURCE to TARGET, for diffusers and others to open.
+
+    TARGET is a new folder in the diffusers layout; or, if it ends in .safetensors, one new file
+    with the original Stable Diffusion's names, as most other programs read.
+
+    \b
+    Examples:
+      sdtf convert sd-v1-4-keras my-folder
+      sdtf convert my-folder my-model.safetensors --dtype float16
+    """
+    with errors_in_one_line():
+        with quiet_import():
+            from stable_diffusion_tf.checkpoints.save import convert
+        convert(source, target, dtype)
+    click.echo(target)
+
+
+@main.group()
+def weights() -> None:
+    """Models on a hub: what is known, what is here.
+
+    MODEL is a preset, a repository in the diffusers layout (owner/name), or a file in one
+    (owner/name/path). They are stored in huggingface_hub's cache, in HF_HOME.
+    """
+
+
+@weights.command("list")
+def list_weights() -> None:
+    """Show the models that are known by name."""
+    from stable_diffusion_tf.checkpoints.catalog import PRESETS, REPOSITORIES
+    from stable_diffusion_tf.checkpoints.hub import cached
+
+    with errors_in_one_line():
+        for name, preset in PRESETS.items():
+            here = [cached(file) for file in preset.files.values()]
+            state = f"pinned, {len(here) - here.count(None)} of {len(here)} files here"
+            _show(name, preset.summary, preset.license, state if here else "in the package")
+        for name, (summary, license) in REPOSITORIES.items():
+            _show(name, summary, license, "unpinned")
+
+
+def _show(name: str, summary: str, license: str, state: str) -> None:
+    click.echo(f"{name}\n    {summary}\n    {state}; {license}")
+
+
+@weights.command(no_args_is_help=True)
+@click.argument("model")
+def download(model: str) -> None:
+    """Fetch all files of MODEL, check them, and print where they are."""
+    from stable_diffusion_tf.checkpoints import catalog
+
+    with errors_in_one_line():
+        for path in catalog.download(model):
+            click.echo(path)
+
+
+@weights.command(no_args_is_help=True)
+@click.argument("model")
+def where(model: str) -> None:
+    """Print where the files of MODEL are; needs no network."""
+    with errors_in_one_line():
+        for _, path in _stored(model):
+            click.echo(path)
+
+
+@weights.command(no_args_is_help=True)
+@click.argument("model")
+def verify(model: str) -> None:
+    """Hash all files of MODEL and compare; needs no network."""
+    from stable_diffusion_tf.checkpoints.hub import is_whole
+
+    damaged = []
+    with errors_in_one_line():
+        for file, path in _stored(model):
+            whole = is_whole(file, path)
+            verdict = {True: "good", False: "DAMAGED", None: "unknown: nothing says its hash"}[
+                whole
+            ]
+            click.echo(f"{verdict}{'' if file.sha256 else ' (unpinned)'}: {path}")
+            damaged += [path] if whole is False else []
+        if damaged:
+            raise OSError(f"{len(damaged)} damaged; delete them and download {model} again.")
+
+
+def _stored(model: str) -> list[tuple[Any, Path]]:
+    """Files of a model on a hub and where they are: all of them, or FileNotFoundError."""
+    from stable_diffusion_tf.checkpoints.catalog import stored_files
+    from stable_diffusion_tf.checkpoints.hub import cached
+
+    places = [(file, cached(file)) for file in stored_files(model)]
+    absent = [str(file) for file, path in places if path is None]
+    if absent or not places:
+        raise FileNotFoundError(
+            f"Not downloaded: {', '.join(absent or [model])}. Run `sdtf weights download {model}`."
+        )
+    return places
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from numbers import Integral, Real
@@ -12,10 +13,11 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.load import Models, build_part, load_parts
+from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
+from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
+from stable_diffusion_tf.checkpoints.save import check_target, save
 from stable_diffusion_tf.compile import backend, compiled
-from stable_diffusion_tf.config import SD_1, ModelConfig
+from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import add_noise, denoiser
 from stable_diffusion_tf.diffusion.inpainting import repainting
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
@@ -75,7 +77,9 @@ class StableDiffusion:
         jit_compile: bool = False,
         download_weights: bool = True,
     ):
-        """Makes Stable Diffusion 1.4, with the earlier Keras port's parameters.
+        """Makes Stable Diffusion 1.4, with the earlier Keras port's parameters and its weights.
+
+        The weights are fetched from a hub, once: those of each network when it is first used.
 
         Args:
             img_height, img_width: multiples of 8.
@@ -87,13 +91,17 @@ class StableDiffusion:
             TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77; or the
                 Keras backend is not supported.
         """
-        if max_text_len != SD_1.text_encoder.max_length:
+        checkpoint = open_checkpoint(STABLE_DIFFUSION)  # which needs no file yet
+        positions = checkpoint.config.text_encoder.max_length
+        if max_text_len != positions:
             raise ValueError(
-                f"max_text_len must be {SD_1.text_encoder.max_length}, not {max_text_len!r}: the "
-                "text encoder has that many positions"
+                f"max_text_len must be {positions}, not {max_text_len!r}: the text encoder has "
+                "that many positions"
             )
-        load = _refuse_download if download_weights else partial(_random, SD_1)
-        self._setup(SD_1, load, img_height, img_width, jit_compile)
+        load = partial(load_parts, checkpoint)
+        if not download_weights:
+            load = partial(_random, checkpoint.config)
+        self._setup(checkpoint.config, load, img_height, img_width, jit_compile)
 
     @classmethod
     def from_pretrained(
@@ -104,25 +112,33 @@ class StableDiffusion:
         img_width: int | None = None,
         dtype: str = "float32",
         jit_compile: bool = False,
+        **options: Any,
     ) -> "StableDiffusion":
         """Opens a model: its files are checked now, its weights are read at first use.
 
+        Weights on a hub are fetched at first use too, part by part.
+
         Args:
-            source: a preset, such as "emoji", or a folder in the diffusers layout.
+            source: a preset, such as "emoji"; a folder in the diffusers layout or with Keras's h5
+                files; a single CompVis or Stability file, `.safetensors` or `.ckpt`; files by
+                network, {"unet": path, …}; a repository on a hub in the diffusers layout,
+                "owner/name"; or a file in one, "owner/name/path".
             img_height, img_width: multiples of the autoencoder's factor (8 for Stable Diffusion);
                 None: the model's own.
             dtype: of the networks: "float32", "float16", "bfloat16", "mixed_float16" or
                 "mixed_bfloat16". The noise levels are stepped through in float32 whatever it is.
             jit_compile: compile through XLA: slower to start, then faster.
+            options: `prediction`, `vae`, `ema`, `variant` and `config`, as of
+                `checkpoints.catalog.open_checkpoint`.
 
         Raises:
-            FileNotFoundError, CheckpointError: as of `open_checkpoint`; tensors that do not fit are
-                found when the network they belong to is first used.
+            FileNotFoundError, CheckpointError, DownloadError: as of `open_checkpoint`; tensors that
+                do not fit are found when the network they belong to is first used.
             TypeError, ValueError: a size does not fit the model, `dtype` is unknown, or the Keras
                 backend is not supported.
         """
         _check_choice("dtype", dtype, DTYPES)
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, **options)
         sd = cls.__new__(cls)
         sd._setup(
             checkpoint.config,
@@ -184,6 +200,24 @@ class StableDiffusion:
         self._load = load
         self._networks: dict[str, keras.Model] = {}
         self._readers: dict[int, Callable] = {}  # the text encoder, compiled, by clip_skip
+
+    def save_pretrained(self, target: str | os.PathLike, *, dtype: str = "float32") -> None:
+        """Writes the model, whole or not at all, for `from_pretrained`, diffusers and others.
+
+        Args:
+            target: a new folder, which gets the diffusers layout, with config and tokenizer; or, if
+                its name ends in .safetensors, a new file, which gets that of CompVis's checkpoints.
+            dtype: of the stored weights: "float32", "float16" or "bfloat16".
+
+        Raises:
+            FileExistsError: there is something at `target`.
+            ValueError: unknown dtype, or kind of file; or a weight is not finite in the dtype.
+            FileNotFoundError, CheckpointError, DownloadError: networks that were not used yet
+                cannot be loaded.
+        """
+        check_target(target, dtype)
+        self._need(*MODELS)
+        save(Models(self.config, **self._networks), target, dtype)
 
     def _need(self, *parts: str) -> None:
         """Loads what is not loaded yet: together, so that one error names all that does not fit."""
@@ -299,6 +333,7 @@ class StableDiffusion:
             TypeError, ValueError: an argument is not as above; the message names it.
             FileNotFoundError: there is no such picture or model.
             CheckpointError: the model's files do not fit.
+            DownloadError: weights cannot be fetched.
             FloatingPointError: a network overflowed, as some do in float16.
         """
         method = get_sampler(sampler)
@@ -667,13 +702,6 @@ def _repeated(values: Any, count: int) -> Any:
 
 def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:
     return {part: build_part(config, part) for part in parts}
-
-
-def _refuse_download(parts: Sequence[str]) -> dict[str, keras.Model]:
-    raise NotImplementedError(
-        "this version cannot fetch the published weights; open a folder that has them with "
-        "StableDiffusion.from_pretrained(folder), or give download_weights=False for random ones"
-    )
 
 
 def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:

@@ -3,6 +3,8 @@ import synth
 from hypothesis import settings
 from tiny import FILES, TINY, write_folder
 
+from stable_diffusion_tf.checkpoints import h5_files, h5_structure
+
 # The same examples on every machine and in every run, however slow.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -24,3 +26,26 @@ def tiny_folder(tmp_path, tiny_weights):
 def tiny_model(tmp_path_factory, tiny_weights):
     """The same folder, one for the whole run: to open only."""
     return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_weights)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A model hub with nothing on it yet, an empty cache, and no patience."""
+    import fake_hub
+
+    with fake_hub.FakeHub() as hub:
+        fake_hub.connect(hub, tmp_path, monkeypatch)
+        yield hub
+
+
+@pytest.fixture
+def h5_at_once(monkeypatch):
+    """Reads h5 files' structure in this process, which is faster; the files are not damaged."""
+
+    def read_structure(path):
+        try:
+            return {"weights": h5_structure.structure(str(path))}
+        except Exception as error:
+            raise ValueError(str(error)) from None
+
+    monkeypatch.setattr(h5_files, "read_structure", read_structure)

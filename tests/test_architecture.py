@@ -29,7 +29,7 @@ ALONE = {"config", "compile", "tokenizer", "samplers"}
 ALLOWED = {
     "models": {"config"},
     "diffusion": {"config", "compile"},
-    "checkpoints": {"files", "config", "models"},
+    "checkpoints": {"files", "config", "tokenizer", "models"},
 }
 
 

@@ -148,8 +148,8 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "caf\udce9"], "prompt[1]: not valid text"),
         (["a", "--negative", "(cat:101)"], "negative_prompt: 'cat' has the weight 101"),
         (["a", "b", "--seed", str(2**64 - 1)], "seed must be a whole number from 0 to 2**64 - 2"),
-        (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset and no folder"),
-        (["a", "--weights", "."], "is not a whole model in the diffusers layout"),
+        (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset, no folder"),
+        (["a", "--weights", "."], "is a folder without a model"),
         (["a", "--output", "file/folder"], "file is a file; name another output folder"),
     ],
 )
@@ -162,6 +162,31 @@ def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, argum
     assert line.startswith("Error: ")
     assert message in line
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_weights_come_from_a_hub(sdtf, hub, tiny_model):
+    paths = [path for path in tiny_model.rglob("*") if path.is_file()]
+    files = {path.relative_to(tiny_model).as_posix(): path.read_bytes() for path in paths}
+    hub.repositories["someone/tiny"] = files
+    arguments = ["a cat", "--steps", "1", "--seed", "7"]
+    result = sdtf(*arguments, "--weights", "someone/tiny")
+    assert result.exit_code == 0, result.output
+    assert "Their licence: some-license" in result.stderr
+    sdtf(*arguments)
+    np.testing.assert_array_equal(pixels("outputs/a-cat.png"), pixels("outputs/a-cat-1.png"))
+
+
+def test_convert_writes_what_generate_reads(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["convert", str(tiny_model), "new", "--dtype", "bfloat16"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "new\n"
+    assert StableDiffusion.from_pretrained("new").config.name == "tiny"
+
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: new exists. Name another target, or move it away.\n"
 
 
 def test_the_last_seed_is_the_api_s(sdtf):

@@ -9,7 +9,8 @@ import synth
 from PIL import Image, ImageDraw
 from tiny import FILES, TINY, write_folder
 
-from stable_diffusion_tf import CheckpointError, StableDiffusion, pipeline
+from stable_diffusion_tf import CheckpointError, DownloadError, StableDiffusion, pipeline
+from stable_diffusion_tf.checkpoints.catalog import PRESETS, STABLE_DIFFUSION
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
@@ -642,8 +643,20 @@ def test_a_backend_that_is_not_supported_is_refused_on_opening(tiny_model, monke
         StableDiffusion.from_pretrained(tiny_model)
 
 
+def test_what_is_saved_opens_again(tmp_path, small, tiny_model):
+    small.save_pretrained(tmp_path / "saved")
+    again = StableDiffusion.from_pretrained(tmp_path / "saved", img_height=14, img_width=10)
+    assert again.config == small.config
+    settings = {"num_steps": 1, "seed": 0}
+    np.testing.assert_array_equal(
+        latents(again, PROMPT, **settings), latents(small, PROMPT, **settings)
+    )
+    with pytest.raises(FileExistsError, match="saved exists"):
+        StableDiffusion.from_pretrained(tiny_model).save_pretrained(tmp_path / "saved")
+
+
 def test_unknown_weights_are_refused_with_the_known():
-    with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji\)"):
+    with pytest.raises(CheckpointError, match=r"Unknown weights 'emojis'.*preset \(emoji, sd-"):
         StableDiffusion.from_pretrained("emojis")
 
 
@@ -696,17 +709,21 @@ def test_an_inpainting_model_wants_a_mask(inpainting, photo):
 class TestTheEarlierPortsConstructor:
     @pytest.fixture(autouse=True)
     def tiny(self, monkeypatch):
-        monkeypatch.setattr(pipeline, "SD_1", TINY)
+        published = replace(PRESETS[STABLE_DIFFUSION], config=TINY)
+        monkeypatch.setitem(PRESETS, STABLE_DIFFUSION, published)
 
     def test_random_weights(self):
         sd = StableDiffusion(32, 48, download_weights=False)
         assert sd.generate(PROMPT, num_steps=1, progress=False).shape == (1, 32, 48, 3)
         assert isinstance(sd.image_encoder, keras.Model)
 
-    def test_published_weights_are_asked_for_at_first_use_only(self):
+    def test_published_weights_are_asked_for_at_first_use_only(self, hub):
         sd = StableDiffusion(32, 48)
-        with pytest.raises(NotImplementedError, match=r"from_pretrained.*download_weights=False"):
-            sd.generate(PROMPT)
+        assert hub.requests == []
+        with pytest.raises(DownloadError, match=r"decoder\.h5 cannot be fetched"):
+            sd.decode(np.zeros((1, 16, 24, 4)))
+        asked = [path for _, path, _ in hub.requests if path.endswith(".h5")]
+        assert {path.rpartition("/")[2] for path in asked} == {"decoder.h5"}
 
     @pytest.mark.parametrize(
         ("args", "message"),

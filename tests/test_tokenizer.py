@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stable_diffusion_tf.tokenizer import Tokenizer, bpe
+from stable_diffusion_tf.tokenizer import Tokenizer, bpe, vocabulary_files
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "tokenizer.json").read_text("utf-8"))
 
@@ -101,3 +101,13 @@ def test_rows_are_those_of_transformers(tokenizer, tmp_path):
     assert len(texts) > 150
     rows = theirs(texts, padding="max_length", max_length=77).input_ids
     assert tokenizer.tokenize(texts).tolist() == rows
+
+
+def test_the_vocabulary_is_written_as_published():
+    files = vocabulary_files()
+    vocabulary, merges = json.loads(files["vocab.json"]), files["merges.txt"].split("\n")
+    assert len(vocabulary) == 49408
+    assert (vocabulary["!"], vocabulary["!</w>"], vocabulary["<|endoftext|>"]) == (0, 256, 49407)
+    assert merges[:3] == ["#version: 0.2", "i n", "t h"]
+    assert merges[-1] == ""
+    assert len(merges) == 1 + 48894 + 1

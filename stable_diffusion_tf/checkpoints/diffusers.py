@@ -3,17 +3,18 @@
 text_encoder/model.safetensors                      CLIPTextModel of transformers
 unet/diffusion_pytorch_model.safetensors            UNet2DConditionModel
 vae/diffusion_pytorch_model.safetensors             AutoencoderKL: encoder and decoder
+
+Each may be PyTorch's `.bin` instead, or an index (`.index.json`) of several files.
 """
 
 import os
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from stable_diffusion_tf.checkpoints.config_json import read_config
-from stable_diffusion_tf.checkpoints.fit import Match, Table, match
-from stable_diffusion_tf.checkpoints.readers import TensorFile, open_tensors
+from stable_diffusion_tf.checkpoints.fit import Checkpoint, Table
+from stable_diffusion_tf.checkpoints.tensors import open_tensors
 
 # PyTorch names a layer's array `weight` whatever it is, and puts the output axis first.
 SUFFIXES = {
@@ -70,8 +71,9 @@ FILES = {
     "encoder": "vae/diffusion_pytorch_model",
     "decoder": "vae/diffusion_pytorch_model",
 }
-ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors")
-OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt")
+OLD_FILES = FILES | {"text_encoder": "text_encoder/pytorch_model"}  # of PyTorch's format
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+VARIANTS = (None, "fp16")  # those that are taken without being asked for
 JSON_FILES = (
     "model_index.json",
     "text_encoder/config.json",
@@ -79,46 +81,63 @@ JSON_FILES = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
+TOKENIZER_FILES = ("tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json")
 
 
-class DiffusersFolder:
-    """An opened folder: its config and its files' headers are read and checked, no weights yet.
+def find_weights(
+    part: str, exists: Callable[[str], bool], variant: str | None = None
+) -> str | None:
+    """Of the files in a folder, the one with the weights of `part`: its path in the folder.
+
+    Safetensors come before PyTorch's files, and without a wish for a `variant`, none before fp16.
+    """
+    names = (
+        (OLD_FILES if ending.startswith(".bin") else FILES)[part] + _ending(ending, variant)
+        for variant in (VARIANTS if variant is None else (variant,))
+        for ending in ENDINGS
+    )
+    return next(filter(exists, names), None)
+
+
+def missing_files(exists: Callable[[str], bool], variant: str | None = None) -> list[str]:
+    """What a folder lacks in which these files exist."""
+    found = {stem: find_weights(part, exists, variant) for part, stem in FILES.items()}
+    missing = [name for name in JSON_FILES if not exists(name)]
+    weights = [stem + _ending(ENDINGS[0], variant) for stem, name in found.items() if name is None]
+    return missing + weights
+
+
+def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Checkpoint:
+    """Open a folder: its config and its files' headers are read and checked, no weights yet.
+
+    Args:
+        folder: what has a `model_index.json`.
+        variant: such as "fp16": which of the weights to take if there are several; None: those of
+            no variant, else fp16.
 
     Raises:
         FileNotFoundError: files are missing; all of them are named.
         CheckpointError: a file is not what it should be, or the model is of another architecture.
     """
+    folder = Path(folder)
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        paths = {part: self._find(stem) for part, stem in FILES.items()}
-        missing = [name for name in JSON_FILES if not (self.folder / name).exists()]
-        missing += [
-            FILES[part] + ENDINGS[0]
-            for part, path in paths.items()
-            if path is None and part != "decoder"  # the encoder's file
-        ]
-        if missing:
-            raise FileNotFoundError(
-                f"{self.folder} is not a whole model in the diffusers layout: "
-                f"{', '.join(missing)} missing{self._other_weights()}."
-            )
-        self.config = read_config(self.folder)
-        self._files: dict[str, TensorFile] = {
-            part: open_tensors(path) for part, path in paths.items() if path is not None
-        }
+    def exists(name: str) -> bool:
+        return (folder / name).exists()
 
-    def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
-        """The tensor for each variable of `part`; CheckpointError unless all of them fit."""
-        return match(variables, self._files[part], TABLES[part])
+    if missing := missing_files(exists, variant):
+        raise FileNotFoundError(
+            f"{folder} is not a whole model in the diffusers layout: {', '.join(missing)} missing; "
+            "download the whole folder."
+        )
+    config = read_config(folder)
+    names = {part: find_weights(part, exists, variant) for part in FILES}
+    files = {name: open_tensors(folder / name) for name in dict.fromkeys(names.values())}
+    return Checkpoint(
+        config, {part: partial(TABLES[part].match, file=files[names[part]]) for part in FILES}
+    )
 
-    def _find(self, stem: str) -> Path | None:
-        paths = (self.folder / (stem + ending) for ending in ENDINGS)
-        return next((path for path in paths if path.exists()), None)
 
-    def _other_weights(self) -> str:
-        paths = chain(self.folder.glob("*"), self.folder.glob("*/*"))  # not all of a home or disk
-        other = next((path.name for path in paths if path.suffix in OTHER_WEIGHTS), None)
-        if other is None:
-            return "; download the whole folder"
-        return f" (weights like {other} are not read; convert them to safetensors)"
+def _ending(ending: str, variant: str | None) -> str:
+    """A variant stands before the last suffix: `.fp16.bin`, `.bin.index.fp16.json`."""
+    before, _, suffix = ending.rpartition(".")
+    return f"{before}.{variant}.{suffix}" if variant else ending

@@ -1,7 +1,7 @@
 """Which tensor of a file fills which variable of a model: all of them, or one error."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,13 +18,16 @@ class Table:
     """How a format names and lays out one network's weights: rules, not a list of names.
 
     A variable `some.layer/kernel` is the tensor `prefix` + `some.layer.` + what `suffixes` says
-    for `kernel`. `axes` says, for a suffix and a rank, which axis of the tensor is each axis of
-    the variable. Patterns are regular expressions, searched for in a tensor's name.
+    for `kernel`, as changed by `renames` one after another. `axes` says, for a suffix and a rank,
+    which axis of the tensor is each axis of the variable. Patterns are regular expressions,
+    searched for in a tensor's name.
     """
 
     suffixes: dict[str, str]
     axes: dict[tuple[str, int], tuple[int, ...]]
     prefix: str = ""
+    renames: tuple[tuple[str, str | Callable], ...] = ()  # (pattern, replacement): ours -> theirs
+    pieces: tuple[str, ...] = ()  # patterns of ours that are stacked in one tensor, in order
     aliases: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): older names -> today's
     ignored: tuple[str, ...] = ()  # patterns of tensors that no network needs
     pointwise: str = r"(?!)"  # pattern of matrices that may be stored as 1x1 convolutions
@@ -35,7 +38,17 @@ class Table:
         rank = len(variable.shape)
         axes = self.axes.get((suffix, rank), tuple(range(rank)))
         shape = tuple(int(variable.shape[axes.index(axis)]) for axis in range(rank))
-        return f"{self.prefix}{layer}.{self.suffixes[suffix]}", shape, axes
+        name = f"{layer}.{self.suffixes[suffix]}"
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return self.prefix + name, shape, axes
+
+    def piece(self, variable: Any) -> tuple[int, int]:
+        """Which part of its tensor a variable is, along the first axis, and of how many."""
+        for i, pattern in enumerate(self.pieces):
+            if re.search(pattern, variable.path):
+                return i, len(self.pieces)
+        return 0, 1
 
     def todays_name(self, name: str) -> str:
         """What a tensor that a file calls `name` is called today."""
@@ -46,26 +59,70 @@ class Table:
     def ignores(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)
 
+    def match(self, variables: Sequence[Any], file: TensorFile) -> list["Match"]:
+        """Find each variable's tensor, without reading or changing any.
+
+        Raises:
+            CheckpointError: tensors are missing, left over, of another shape or no floats; it lists
+                all of them.
+        """
+        stored: dict[str, str] = {}
+        extra = []
+        for name in file.names:
+            today = self.todays_name(name)
+            if self.ignores(name):
+                continue
+            if today in stored:
+                extra.append(name)
+            stored[today] = name
+
+        matches, missing, misfits, used = [], [], [], set()
+        for variable in variables:
+            today, shape, axes = self.tensor(variable)
+            name = stored.get(today)
+            if name is None:
+                missing.append(today)
+                continue
+            used.add(name)
+            piece, pieces = self.piece(variable)
+            whole = (shape[0] * pieces, *shape[1:])
+            found = file.shape(name)
+            pointwise = re.search(self.pointwise, today) and found == (*whole, 1, 1)
+            misfits += misfit(file, name, whole if not pointwise else found)
+            matches.append(Match(variable, file, name, shape, axes, piece, pieces))
+        extra += [name for name in stored.values() if name not in used]
+        refuse(
+            file,
+            [
+                *listed("missing", dict.fromkeys(missing)),
+                *listed("not part of the model", extra),
+                *listed("of the wrong shape or type", dict.fromkeys(misfits)),
+            ],
+        )
+        return matches
+
 
 @dataclass(frozen=True)
 class Match:
-    """A variable and the tensor that fills it."""
+    """A variable and the tensor that fills it, or the piece of one."""
 
     variable: Any
     file: TensorFile
     name: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]
+    piece: int = 0
+    pieces: int = 1
 
-    def fill(self) -> None:
-        """Read the tensor and assign it.
+    def read(self) -> np.ndarray:
+        """The tensor in the variable's dtype; `axes` are still to be put in the variable's order.
 
         Raises:
             CheckpointError: it has a NaN or an infinity, as stored or in the variable's dtype.
         """
-        tensor = self.file.read(self.name)
+        tensor = self.file.read(self.name).reshape(self.pieces, *self.shape)[self.piece]
         with np.errstate(over="ignore"):
-            value = tensor.reshape(self.shape).transpose(self.axes).astype(self.variable.dtype)
+            value = tensor.astype(self.variable.dtype, copy=False)
         if not np.isfinite(value).all():
             cause = (
                 f"is too large for {self.variable.dtype}; load it as float32"
@@ -73,66 +130,61 @@ class Match:
                 else "has NaN or infinite values; download it again, or take another checkpoint"
             )
             raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-        self.variable.assign(value)
+        return value
 
 
-class Checkpoint(Protocol):
-    """An opened source, of whatever format."""
+class PartTable(Protocol):
+    """How a format stores one network: what finds each variable's tensor in a file."""
+
+    def match(self, variables: Sequence[Any], file: TensorFile) -> list[Match]: ...
+
+
+Part = Callable[[Sequence[Any]], list[Match]]  # what fills a network's variables; or an error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened source, of whatever format: what model it is, and what fills which networks."""
 
     config: ModelConfig
+    parts: Mapping[str, Part]
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
-        """What fills the variables of "text_encoder", "unet", "encoder" or "decoder"."""
+        """What fills the variables of "text_encoder", "unet", "encoder" or "decoder".
+
+        Raises:
+            CheckpointError: the checkpoint does not have this network; or tensors do not fit.
+        """
+        if part not in self.parts:
+            raise CheckpointError(
+                f"{self.config.name} has no {part}, only {', '.join(self.parts)}; name a file that "
+                "holds it."
+            )
+        return self.parts[part](variables)
 
 
-def match(variables: Sequence[Any], file: TensorFile, table: Table) -> list[Match]:
-    """Find each variable's tensor, without reading or changing any.
+def misfit(file: TensorFile, name: str, needed: tuple[int, ...]) -> list[str]:
+    """What is wrong with a tensor's shape and type, in words."""
+    found = file.shape(name)
+    if found != needed:
+        transposed = "transposed: " if found == needed[::-1] else ""
+        return [f"{name} is {transposed}{found}, the model needs {needed}"]
+    if "float" not in file.dtype(name).name:
+        return [f"{name} is {file.dtype(name)}, not floats"]
+    return []
 
-    Raises:
-        CheckpointError: tensors are missing, left over, of another shape or no floats; it lists
-            all of them.
-    """
-    stored: dict[str, str] = {}
-    extra = []
-    for name in file.names:
-        today = table.todays_name(name)
-        if table.ignores(name):
-            continue
-        if today in stored:
-            extra.append(name)
-        stored[today] = name
 
-    matches, missing, misfits = [], [], []
-    for variable in variables:
-        today, shape, axes = table.tensor(variable)
-        name = stored.pop(today, None)
-        if name is None:
-            missing.append(today)
-            continue
-        found = file.shape(name)
-        pointwise = re.search(table.pointwise, today) and found == (*shape, 1, 1)
-        if found != shape and not pointwise:
-            misfits.append(f"{name} is {found}, the model needs {shape}")
-        elif "float" not in file.dtype(name).name:
-            misfits.append(f"{name} is {file.dtype(name)}, not floats")
-        matches.append(Match(variable, file, name, shape, axes))
-    extra += stored.values()
-
-    problems = [
-        *_listed("missing", missing),
-        *_listed("not part of the model", extra),
-        *_listed("of the wrong shape or type", misfits),
-    ]
+def refuse(file: TensorFile, problems: Sequence[str]) -> None:
+    """Raises CheckpointError if there are problems, naming all of them."""
     if problems:
         raise CheckpointError(
             "\n  ".join([f"{file.path} does not fit its config:", *problems])
             + "\nTake the config and the weights from the same checkpoint."
         )
-    return matches
 
 
-def _listed(what: str, names: Sequence[str]) -> list[str]:
+def listed(what: str, names: Collection[str]) -> list[str]:
     if not names:
         return []
-    shown = ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
+    shown = ", ".join(list(names)[:LISTED]) + (", …" if len(names) > LISTED else "")
     return [f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {what}: {shown}"]

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import keras
+from keras import ops
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.fit import Checkpoint
+from stable_diffusion_tf.checkpoints.fit import Checkpoint, Match
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
@@ -51,18 +53,34 @@ def load_parts(
             over or of the wrong shape, all listed before any is read; or one is not finite.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
-    models = {part: build_part(checkpoint.config, part, dtype) for part in parts}
-    matches, problems = [], []
-    for part, model in models.items():
-        try:
-            matches += checkpoint.match(part, model.weights)
-        except CheckpointError as error:
-            problems.append(str(error))
+    found: dict[int, Match] = {}  # by variable
+    problems: list[str] = []
+    with keras.StatelessScope():  # which makes the variables' first values at its end
+        models = {part: build_part(checkpoint.config, part, dtype) for part in parts}
+        for variable in (v for model in models.values() for v in model.weights):
+            variable._initializer = partial(_first_value, found, problems, id(variable))
+        for part, model in models.items():
+            try:
+                found |= {id(m.variable): m for m in checkpoint.match(part, model.weights)}
+            except CheckpointError as error:
+                problems.append(str(error))
     if problems:
         raise CheckpointError("\n".join(problems))
-    for match in matches:
-        match.fill()
     return models
+
+
+def _first_value(found: dict[int, Match], problems: list[str], variable: int, shape, dtype):
+    """A Keras initializer that reads a variable's tensor, or gives zeros where there are problems.
+
+    Random values that are then replaced would cost as much time as reading, and more memory. What
+    is wrong is added to `problems`: raised here, it would leave Keras in the middle of its work.
+    """
+    if variable in found and not problems:
+        try:
+            return ops.transpose(found[variable].read(), found[variable].axes)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+    return ops.zeros(shape, dtype)
 
 
 def load(source: Source, dtype: str | None = None) -> Models:

@@ -1,63 +1,122 @@
-"""Filled models -> a folder in the diffusers layout, which `load` and diffusers open."""
+"""Filled models -> a diffusers folder or a CompVis file, which `load` and other programs open."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import keras
 import ml_dtypes
 import numpy as np
 
+from stable_diffusion_tf.checkpoints import compvis, diffusers
+from stable_diffusion_tf.checkpoints.catalog import Source
 from stable_diffusion_tf.checkpoints.config_json import write_config
-from stable_diffusion_tf.checkpoints.diffusers import ENDINGS, FILES, TABLES
-from stable_diffusion_tf.checkpoints.load import Models
+from stable_diffusion_tf.checkpoints.fit import Table
+from stable_diffusion_tf.checkpoints.load import Models, load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
+from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.files import atomic_path
+from stable_diffusion_tf.tokenizer import vocabulary_files
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+FILE = ".safetensors"
+OTHER_FILES = (".bin", ".ckpt", ".h5", ".pt", ".pth")
 
 
-def save(models: Models, folder: str | os.PathLike, dtype: str = "float16") -> None:
-    """Write the four networks and their config to `folder`, whole or not at all.
+def save(models: Models, target: str | os.PathLike, dtype: str = "float16") -> None:
+    """Write the four networks, whole or not at all.
 
     Args:
         models: what `load` gives, or `Models(config, text_encoder, unet, encoder, decoder)`.
-        folder: a new one.
+        target: a new folder, which gets the diffusers layout, with config and tokenizer; or, if its
+            name ends in .safetensors, a new file, which gets that of CompVis's checkpoints.
         dtype: of the stored weights: "float32", "float16" or "bfloat16".
 
     Raises:
-        FileExistsError: there is something at `folder`.
-        ValueError: unknown dtype; or a weight is not finite in it.
+        FileExistsError: there is something at `target`.
+        ValueError: unknown dtype, or kind of file; or a weight is not finite in the dtype.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists. Name another folder, or move it away.")
+    target = Path(target)
+    check_target(target, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = _write_file if target.suffix == FILE else _write_folder
+    with atomic_path(target) as temporary:
+        write(models, temporary, dtype)
+
+
+def convert(source: Source, target: str | os.PathLike, dtype: str = "float32") -> None:
+    """Load `source` and save it. Arguments and errors as of `load` and `save`."""
+    check_target(target, dtype)
+    save(load(source, "float32"), target, dtype)
+
+
+def check_target(target: str | os.PathLike, dtype: str) -> None:
+    """Raises, before any work, what `save` would."""
+    target = Path(target)
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists. Name another target, or move it away.")
+    if target.suffix in OTHER_FILES:
+        raise ValueError(
+            f"{target}: {target.suffix} is not written; name a folder, or end in {FILE}."
+        )
     if dtype not in DTYPES:
         raise ValueError(f"Weights are saved as {', '.join(DTYPES)}, not {dtype!r}.")
-    with atomic_path(folder) as temporary:
-        for name, values in write_config(models.config).items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for stem in dict.fromkeys(FILES.values()):
-            tensors = {}
-            for part in (part for part in FILES if FILES[part] == stem):
-                tensors |= export(part, getattr(models, part), dtype)
-            save_safetensors(tensors, temporary / (stem + ENDINGS[0]), {"format": "pt"})
 
 
-def export(part: str, model: keras.Model, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """A network's weights by their diffusers names, in PyTorch's layout."""
-    tensors = {}
-    for variable in model.weights:
-        name, _, axes = TABLES[part].tensor(variable)
+def export(
+    part: str, model: keras.Model, dtype: str = "float32", table: Table | None = None
+) -> dict[str, np.ndarray]:
+    """A network's weights by the names of a format, in PyTorch's layout; None: by diffusers'."""
+    table = table or diffusers.TABLES[part]
+    pieces: dict[str, list[np.ndarray]] = {}
+    for variable in sorted(model.weights, key=table.piece):
+        name, _, axes = table.tensor(variable)
         value = np.asarray(variable).transpose(np.argsort(axes))
         with np.errstate(over="ignore"):
-            tensors[name] = value.astype(DTYPES[dtype])
-        if not np.isfinite(tensors[name]).all():
+            value = value.astype(DTYPES[dtype])
+        if not np.isfinite(value).all():
             raise ValueError(f"{name} of the {part} has values that are not finite in {dtype}.")
-    return tensors
+        pieces.setdefault(name, []).append(value)
+    return {name: np.concatenate(values) for name, values in pieces.items()}
+
+
+def _write_folder(models: Models, folder: Path, dtype: str) -> None:
+    texts = {
+        name: json.dumps(values, indent=2) + "\n"
+        for name, values in write_config(models.config).items()
+    }
+    texts |= {f"tokenizer/{name}": text for name, text in vocabulary_files().items()}
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    for stem in dict.fromkeys(diffusers.FILES.values()):
+        tensors = {}
+        for part in (part for part in diffusers.FILES if diffusers.FILES[part] == stem):
+            tensors |= export(part, getattr(models, part), dtype)
+        save_safetensors(tensors, folder / (stem + FILE), {"format": "pt"})
+
+
+def _write_file(models: Models, path: Path, dtype: str) -> None:
+    tensors = {}
+    for part, table in _compvis_tables(models.config).items():
+        for name, tensor in export(part, getattr(models, part), dtype, table).items():
+            pointwise = re.search(table.pointwise, name)
+            tensors[name] = tensor[..., None, None] if pointwise else tensor
+    # Nothing in the tensors tells epsilon from v prediction.
+    prediction = write_config(models.config)["scheduler/scheduler_config.json"]["prediction_type"]
+    save_safetensors(tensors, path, {"format": "pt", "modelspec.prediction_type": prediction})
+
+
+def _compvis_tables(config: ModelConfig) -> dict[str, Table]:
+    open_clip = config.text_encoder.activation == "gelu"
+    return {
+        "text_encoder": compvis.open_clip_table(config) if open_clip else compvis.clip_table(),
+        "unet": compvis.unet_table(config, ema=False),
+        **compvis.vae_tables(config, compvis.VAE),
+    }

@@ -6,6 +6,7 @@ last one. The merges beside this file are theirs too, unchanged (MIT licence).
 
 import gzip
 import html
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib import resources
@@ -98,6 +99,16 @@ def named(texts: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
                 f"{culprit}: not valid text, {text!r} has a lone surrogate; write it in UTF-8"
             )
         yield culprit, text
+
+
+def vocabulary_files() -> dict[str, str]:
+    """The vocabulary as transformers' CLIPTokenizer reads it: {file name: text}."""
+    vocabulary = _vocabulary()
+    merges = [" ".join(pair) for pair in vocabulary.ranks]
+    return {
+        "vocab.json": json.dumps(vocabulary.ids, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
 
 
 class _Vocabulary(NamedTuple):

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import layouts
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from tiny import FILES, TINY
 
 from stable_diffusion_tf.checkpoints import catalog
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
-from stable_diffusion_tf.checkpoints.diffusers import DiffusersFolder
 from stable_diffusion_tf.checkpoints.load import MODELS, load, load_parts
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 
@@ -84,6 +84,19 @@ def test_old_names_and_layouts_are_the_same_model(tiny_folder, tiny_weights):
 
     assert same_weights(load_part(tiny_folder, "text_encoder"), today[0])
     assert same_weights(load_part(tiny_folder, "encoder"), today[1])
+
+
+@pytest.mark.parametrize("layout", ["CompVis", "Keras", "KerasCV"])
+def test_other_layouts_are_the_same_model(tmp_path, tiny_model, tiny_weights, layout):
+    if layout == "CompVis":
+        path = tmp_path / "model.ckpt"
+        layouts.write_ckpt(path, layouts.compvis(tiny_weights))
+    else:
+        path = layouts.write_keras(tmp_path / "h5", tiny_weights, functional=layout == "KerasCV")
+    expected = load(tiny_model)
+    found = load_parts(open_checkpoint(path, config=TINY), MODELS)
+    for part, model in found.items():
+        assert same_weights(model, getattr(expected, part))
 
 
 def test_shards_and_half_precision_files_load(tiny_folder, tiny_weights):
@@ -172,25 +185,15 @@ def test_overflow_of_the_model_s_dtype_is_named(tiny_folder, tiny_weights):
 
 def test_missing_files_are_all_named(tiny_folder):
     (tiny_folder / "unet/config.json").unlink()
-    weights = tiny_folder / FILES["vae"]
-    weights.rename(weights.with_suffix(".bin"))
+    (tiny_folder / FILES["vae"]).unlink()
     with pytest.raises(FileNotFoundError) as caught:
         open_checkpoint(tiny_folder)
     for expected in (
         str(tiny_folder),
         "unet/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-        "weights like diffusion_pytorch_model.bin are not read",
+        "vae/diffusion_pytorch_model.safetensors missing; download the whole folder",
     ):
         assert expected in str(caught.value)
-
-
-def test_a_folder_that_is_no_model_is_not_searched_to_its_depths(tmp_path):
-    deep = tmp_path / "some" / "other" / "project"
-    deep.mkdir(parents=True)
-    (deep / "model.bin").touch()
-    with pytest.raises(FileNotFoundError, match="missing; download the whole folder"):
-        open_checkpoint(tmp_path)
 
 
 def test_truncated_weights_are_refused_on_opening(tiny_folder):
@@ -203,8 +206,8 @@ def test_truncated_weights_are_refused_on_opening(tiny_folder):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("emojis", r"Unknown weights 'emojis'.*preset \(emoji\)"),
-        ("someone/some-model", "loads local models only"),
+        ("emojis", r"Unknown weights 'emojis'.*preset \(emoji, sd-v1-4-keras, "),
+        ("./someone/some-model", "no folder or file, and no name of a repository"),
         ("", "Unknown weights"),
     ],
 )
@@ -212,11 +215,6 @@ def test_an_unknown_source_lists_what_is_known(tmp_path, monkeypatch, source, me
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load(source)
-
-
-def test_a_single_file_is_refused(tiny_folder):
-    with pytest.raises(CheckpointError, match="single file"):
-        load(tiny_folder / FILES["unet"])
 
 
 def test_opening_a_checkpoint_needs_no_backend():
@@ -235,8 +233,10 @@ def test_presets_are_found_in_a_clone_and_in_a_wheel(tmp_path, tiny_folder, monk
         (parent / "weights").mkdir()
         (parent / "weights" / "emoji").symlink_to(tiny_folder)
         checkpoint = open_checkpoint("emoji")
-        assert isinstance(checkpoint, DiffusersFolder)
-        assert checkpoint.folder == parent / "weights" / "emoji"
+        assert (
+            checkpoint.parts["unet"].keywords["file"].path
+            == parent / "weights" / "emoji" / FILES["unet"]
+        )
 
 
 @pytest.mark.parametrize(

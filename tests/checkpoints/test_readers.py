@@ -11,11 +11,10 @@ from safetensors import SafetensorError, deserialize
 from stable_diffusion_tf.checkpoints.readers import (
     CheckpointError,
     SafetensorsFile,
-    ShardedFile,
-    open_tensors,
     read_json,
     save_safetensors,
 )
+from stable_diffusion_tf.checkpoints.tensors import ShardedFile, open_tensors
 
 TENSORS = {
     "scalar": np.array(3.5, np.float32),
@@ -68,9 +67,9 @@ def test_saving_replaces_a_whole_file_and_leaves_no_other(path):
         (b"abc", "not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
         (b"\n<!DOCTYPE html><html>404</html>", "HTML"),
-        (b"PK\x03\x04\x14\x00\x00\x00\x00\x00", "PyTorch"),
-        (b"\x80\x02}q\x00X\x05\x00\x00\x00", "pickle"),
-        (b"\x89HDF\r\n\x1a\n\x00\x00", "HDF5"),
+        (b"PK\x03\x04\x14\x00\x00\x00\x00\x00", "not a safetensors file"),
+        (b"\x80\x02}q\x00X\x05\x00\x00\x00", "not a safetensors file"),
+        (b"\x89HDF\r\n\x1a\n\x00\x00", "not a safetensors file"),
         (b'{"error": "gone"}', "JSON"),
         (packed({"a": entry([2], 0, 8)}, b"1234"), "truncated: it has .* of at least"),
         (packed({"a": entry([1], 0, 4)}, b"12345678"), "4 bytes after its last tensor"),

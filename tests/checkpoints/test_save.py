@@ -1,15 +1,17 @@
 import os
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pytest
 import synth
 from safetensors.numpy import load_file
-from tiny import FILES
+from tiny import FILES, TINY
 
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
-from stable_diffusion_tf.checkpoints.load import MODELS, load
-from stable_diffusion_tf.checkpoints.save import save
+from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
+from stable_diffusion_tf.checkpoints.save import convert, save
+from stable_diffusion_tf.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -64,37 +66,102 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, model
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_folder_has_all_that_others_need(tmp_path, models):
+    save(models, tmp_path / "new" / "saved")
+    saved = {p.relative_to(tmp_path / "new" / "saved").as_posix() for p in files(tmp_path)}
+    assert saved == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "vae/config.json",
+        *FILES.values(),
+    }
+
+
+def files(folder):
+    return [path for path in folder.rglob("saved/**/*") if path.is_file()]
+
+
+def test_one_file_has_the_original_s_names(tmp_path, models, tiny_weights):
+    save(models, tmp_path / "saved.safetensors", dtype="float32")
+
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert len(saved) == sum(len(weights) for weights in tiny_weights.values())
+    assert saved["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
+
+
+def test_conversion_refuses_before_it_loads(tmp_path, tiny_folder):
+    convert(tiny_folder, tmp_path / "new", "bfloat16")
+    assert open_checkpoint(tmp_path / "new").config == TINY
+    for target, dtype, message in (
+        (tmp_path / "new", "float32", "new exists"),
+        (tmp_path / "a.ckpt", "float32", r"\.ckpt is not written; name a folder, or end in \.safe"),
+        (tmp_path / "a", "float8", "not 'float8'"),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            convert(tmp_path / "no such model", target, dtype)
+
+
+TINY_2 = replace(  # as SD 2.x differs from 1.x
+    TINY,
+    text_encoder=replace(TINY.text_encoder, activation="gelu", pad_token=0),
+    unet=replace(TINY.unet, linear_projection=True, heads=(2, 4)),
+)
+PROMPTS = ["a red apple", "Ünïcode 東京 🚀, don't"]  # no "!": as the pad token, it is theirs alone
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")  # theirs
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_diffusers_opens_what_is_saved(tmp_path, models, prediction):
+@pytest.mark.parametrize("config", [TINY, TINY_2], ids=["1.x", "2.x"])
+@pytest.mark.parametrize("target", ["saved", "saved.safetensors"])
+def test_diffusers_opens_what_is_saved(tmp_path, config, target):
     import torch
     from diffusers import StableDiffusionPipeline
 
-    schedule = replace(models.config.schedule, prediction=prediction, spacing="trailing")
-    save(
-        replace(models, config=replace(models.config, schedule=schedule)),
-        tmp_path / "saved",
-        dtype="float32",
-    )
-    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", tokenizer=None)
+    schedule = replace(config.schedule, prediction="v", spacing="trailing")
+    config = replace(config, schedule=schedule)
+    keras.utils.set_random_seed(0)
+    models = Models(config, **{part: build_part(config, part) for part in MODELS})
+    save(models, tmp_path / "saved", dtype="float32")
+    if target == "saved":
+        theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    else:
+        save(models, tmp_path / target, dtype="float32")
+        theirs = StableDiffusionPipeline.from_single_file(
+            str(tmp_path / target), config=str(tmp_path / "saved"), local_files_only=True
+        )
 
     assert theirs.scheduler.config.timestep_spacing == "trailing"
-    assert (
-        theirs.scheduler.config.prediction_type
-        == {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
-    )
-    assert theirs.unet.config.sample_size * theirs.vae_scale_factor == models.config.image_size
-    text, unet, vae = (synth.golden(f"tiny_{part}") for part in FILES)
+    assert theirs.scheduler.config.prediction_type == "v_prediction"
+    assert theirs.unet.config.sample_size * theirs.vae_scale_factor == config.image_size
+    ids = theirs.tokenizer(PROMPTS, padding="max_length", return_tensors="np").input_ids
+    ours = Tokenizer().tokenize(PROMPTS, pad_token=config.text_encoder.pad_token)
+    np.testing.assert_array_equal(ids, ours)
+
+    latents = synth.inputs("saved/latents", (2, 8, 6, 4))
+    context = synth.inputs("saved/context", (2, 77, 32))
+    images = np.tanh(synth.inputs("saved/images", (2, 16, 12, 3)))
+    timesteps = np.array([981.0, 1.0], np.float32)
+
+    def torch_of(images):
+        return torch.tensor(images.transpose(0, 3, 1, 2))
+
     with torch.no_grad():
-        states = theirs.text_encoder(torch.tensor(text["ids"])).last_hidden_state
+        states = theirs.text_encoder(torch.tensor(ids)).last_hidden_state
         noise = theirs.unet(
-            torch.tensor(synth.inputs("Atiny_unet/latents0", unet["shape0"]).transpose(0, 3, 1, 2)),
-            torch.tensor(unet["timesteps0"]),
-            torch.tensor(synth.inputs("Atiny_unet/context0", (2, 77, 32))),
+            torch_of(latents), torch.tensor(timesteps), torch.tensor(context)
         ).sample
-        latents = synth.inputs("Atiny_vae/latents", vae["latents_shape"])
-        images = theirs.vae.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
-    assert synth.relative_error(states, text["last_hidden_state"]) <= 2e-5
-    assert synth.relative_error(noise, unet["eps0"].transpose(0, 3, 1, 2)) <= 2e-5
-    assert synth.relative_error(images, vae["decoded"].transpose(0, 3, 1, 2)) <= 2e-5
+        moments = theirs.vae.encode(torch_of(images)).latent_dist.parameters
+        decoded = theirs.vae.decode(torch_of(latents)).sample
+    for found, expected in (
+        (models.text_encoder(ours), states),
+        (models.unet([latents, timesteps, context]), noise.permute(0, 2, 3, 1)),
+        (models.encoder(images), moments.permute(0, 2, 3, 1)),
+        (models.decoder(latents * config.autoencoder.scale), decoded.permute(0, 2, 3, 1)),
+    ):
+        assert synth.relative_error(found, expected.numpy()) <= 2e-5

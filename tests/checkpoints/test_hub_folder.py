@@ -1,0 +1,139 @@
+"""Models on a hub: presets, repositories and single files, fetched part by part."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import FILES, TINY
+
+from stable_diffusion_tf.checkpoints import catalog
+from stable_diffusion_tf.checkpoints.catalog import (
+    PRESETS,
+    download,
+    open_checkpoint,
+    stored_files,
+)
+from stable_diffusion_tf.checkpoints.diffusers import FILES as PARTS
+from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile
+from stable_diffusion_tf.checkpoints.hub_folder import HubFolder
+from stable_diffusion_tf.checkpoints.readers import CheckpointError
+
+REPO = "someone/tiny"
+
+
+@pytest.fixture
+def tiny_repo(hub, tiny_model):
+    """The tiny model on the hub, with a file beside it that nobody needs."""
+    paths = [path for path in tiny_model.rglob("*") if path.is_file()]
+    files = {path.relative_to(tiny_model).as_posix(): path.read_bytes() for path in paths}
+    hub.repositories[REPO] = {**files, "safety_checker/model.safetensors": b"not needed"}
+    return hub.repositories[REPO]
+
+
+def test_a_repository_is_fetched_part_by_part(hub, tiny_repo):
+    checkpoint = open_checkpoint(REPO)
+    assert checkpoint.config == TINY
+    assert all(name.endswith(".json") for name in hub.downloads())
+
+    before = len(hub.downloads())
+    for part in ("unet", "encoder", "decoder"):
+        path = HubFolder(REPO).fetch(part)
+        assert path.read_bytes() == tiny_repo[path.relative_to(path.parents[1]).as_posix()]
+    assert hub.downloads()[before:] == [FILES["unet"], FILES["vae"]]
+
+    assert [path.name for path in download(REPO)] == [name.split("/")[1] for name in FILES.values()]
+    assert sorted(hub.downloads()) == sorted({*tiny_repo} - {"safety_checker/model.safetensors"})
+    assert {file.name for file in stored_files(REPO)} == {*hub.downloads()}
+
+
+def test_shards_are_fetched_with_their_index(hub, tiny_repo):
+    tensors = ["a.safetensors", "b.safetensors"]
+    tiny_repo |= {f"unet/{name}": name.encode() for name in tensors}
+    index = FILES["unet"] + ".index.json"
+    tiny_repo[index] = json.dumps({"weight_map": dict(zip("xy", tensors, strict=True))}).encode()
+    del tiny_repo[FILES["unet"]]
+    folder = HubFolder(REPO)
+    before = len(hub.downloads())
+    folder.fetch("unet")
+    assert hub.downloads()[before:] == [index, "unet/a.safetensors", "unet/b.safetensors"]
+
+
+def test_without_a_network_what_was_fetched_opens(hub, tiny_repo):
+    hub.status = 503
+    with pytest.raises(DownloadError, match=r"someone/tiny cannot be fetched: .* \(503\)"):
+        open_checkpoint(REPO)
+    hub.status = 200
+    HubFolder(REPO).fetch("unet")
+    hub.status = 503
+    with pytest.raises(DownloadError, match=r"\(503\)"):
+        open_checkpoint(REPO)  # text encoder and autoencoder are not there
+    hub.status = 200
+    download(REPO)
+    hub.status = 503
+    assert open_checkpoint(REPO).config == TINY
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"unet/config.json": None}, FileNotFoundError, "it lacks unet/config.json"),
+        ({FILES["vae"]: None}, FileNotFoundError, f"it lacks {FILES['vae']}"),
+        ({"unet/config.json": b"<html>"}, CheckpointError, "not the JSON it should be"),
+        (
+            {"model_index.json": None, "v1.ckpt": b""},
+            CheckpointError,
+            "Name one of its files: .*someone/tiny/v1.ckpt",
+        ),
+    ],
+)
+def test_a_repository_that_is_no_model_is_refused_before_any_weights(
+    hub, tiny_repo, change, error, message
+):
+    tiny_repo |= change
+    for name in [name for name, content in tiny_repo.items() if content is None]:
+        del tiny_repo[name]
+    with pytest.raises(error, match=message):
+        open_checkpoint(REPO)
+    assert all(name.endswith(".json") for name in hub.downloads())
+
+
+def test_a_preset_s_parts_are_fetched_when_they_are_used(hub, monkeypatch):
+    files = {part: HubFile("a/b", f"{part}.h5") for part in PARTS}
+    hub.repositories["a/b"] = {file.name: part.encode() for part, file in files.items()}
+    monkeypatch.setitem(PRESETS, "some", replace(PRESETS["emoji"], config=TINY, files=files))
+    checkpoint = open_checkpoint("some")
+    assert checkpoint.config == TINY
+    assert hub.requests == []
+
+    monkeypatch.setattr(catalog, "open_parts", lambda paths: Opened(paths))
+    assert checkpoint.match("unet", ["a variable"]) == ("unet", b"unet", ["a variable"])
+    assert hub.downloads() == ["unet.h5"]
+    assert len(download("some")) == len(stored_files("some")) == 4
+
+
+class Opened:
+    def __init__(self, paths):
+        self.paths = paths
+
+    def match(self, part, variables):
+        return part, self.paths[part].read_bytes(), variables
+
+
+def test_a_file_of_a_repository_is_opened_as_a_local_one(hub, monkeypatch):
+    hub.repositories["a/b"] = {"some/file.ckpt": b"weights"}
+    with pytest.raises(CheckpointError, match=r"file\.ckpt is no file of weights"):
+        open_checkpoint("a/b/some/file.ckpt")
+    assert download("a/b/some/file.ckpt")[0].read_bytes() == b"weights"
+
+
+def test_every_preset_names_a_file_for_every_part():
+    for name, preset in PRESETS.items():
+        if preset.config is not None:
+            assert preset.files.keys() == PARTS.keys(), name
+            assert all(len(file.sha256) == 64 for file in preset.files.values())
+
+
+@pytest.mark.parametrize("source", ["emoji", "nothing", "./a/b"])
+def test_what_is_on_no_hub_cannot_be_downloaded(source):
+    with pytest.raises(CheckpointError, match=r"nothing to download|is on no hub"):
+        download(source)

@@ -1,0 +1,364 @@
+"""Every layout gives every variable its own values; no backend is needed to see that."""
+
+import gzip
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pytest
+import synth
+from tiny import FILES, TINY
+
+from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+from stable_diffusion_tf.checkpoints.compvis import tables
+from stable_diffusion_tf.checkpoints.diffusers import TABLES
+from stable_diffusion_tf.checkpoints.keras_h5 import InOrder
+from stable_diffusion_tf.checkpoints.layouts import find_config
+from stable_diffusion_tf.checkpoints.local import PARTS
+from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
+from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
+
+FILE_OF = {"text_encoder": "text_encoder", "unet": "unet", "encoder": "vae", "decoder": "vae"}
+
+
+def check(checkpoint, weights, parts=PARTS):
+    """Fills all variables, and finds in each what the reference has there."""
+    for part in parts:
+        variables = layouts.variables(part, weights[FILE_OF[part]])
+        for match in checkpoint.match(part, variables):
+            match.variable.value = match.read().transpose(match.axes)
+        for variable in variables:
+            np.testing.assert_array_equal(variable.value, variable.expected, err_msg=variable.path)
+
+
+class Named:
+    """A file of which only names and shapes are known."""
+
+    path = Path("file")
+
+    def __init__(self, shapes):
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+
+    @property
+    def names(self):
+        return list(self.shapes)
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def dtype(self, name):
+        return np.dtype(np.float32)
+
+
+@pytest.mark.parametrize("functional", [False, True], ids=["earlier port", "KerasCV"])
+def test_keras_files_are_told_by_their_content(tmp_path, tiny_weights, h5_at_once, functional):
+    paths = layouts.write_keras(tmp_path / "h5", tiny_weights, functional)
+    checkpoint = open_checkpoint(tmp_path / "h5", config=TINY)
+    found = {part: match.keywords["file"].path for part, match in checkpoint.parts.items()}
+    assert found == paths
+    check(checkpoint, tiny_weights)
+
+    alone = open_checkpoint({"decoder": paths["decoder"]}, config=TINY)
+    check(alone, tiny_weights, ["decoder"])
+    with pytest.raises(CheckpointError, match="has no unet, only decoder"):
+        alone.match("unet", [])
+    with pytest.raises(CheckpointError, match=r"3\.weights does not hold the unet, but decoder"):
+        open_checkpoint({"unet": paths["decoder"]}, config=TINY)
+    with pytest.raises(CheckpointError, match="no whole model: it holds decoder, and no text_enc"):
+        open_checkpoint(paths["decoder"], config=TINY)
+    with pytest.raises(ValueError, match="no network 'vae'; there are text_encoder, unet"):
+        open_checkpoint({"vae": paths["decoder"]}, config=TINY)
+
+    (tmp_path / "h5" / "again").write_bytes(paths["unet"].read_bytes())
+    with pytest.raises(CheckpointError, match=r"the unet in 1\.weights and in again"):
+        open_checkpoint(tmp_path / "h5", config=TINY)
+
+
+def test_keras_files_that_do_not_fit_are_refused_by_weight(tmp_path, tiny_weights, h5_at_once):
+    rows = list(layouts.keras_weights(tiny_weights["unet"], layouts.keras_unet(False)))
+    path = tmp_path / "unet.h5"
+
+    def problem(rows):
+        layouts.write_h5(path, rows, functional=False)
+        with pytest.raises(CheckpointError) as caught:
+            variables = layouts.variables("unet", tiny_weights["unet"])
+            open_checkpoint({"unet": path}, config=TINY).match("unet", variables)
+        return str(caught.value)
+
+    assert "1 tensor missing at its end: conv_out/bias" in problem(rows[:-1])
+    assert "1 tensor not part of the model" in problem([*rows, ("extra", *rows[-1][1:])])
+    layer, suffix, value = rows[0]
+    assert "is transposed: (128, 32), the model needs (32, 128)" in problem(
+        [(layer, suffix, value.T), *rows[1:]]
+    )
+    assert "layer_1/bias:0 is where time_embedding.linear_2/kernel should be" in problem(
+        [*rows[:2], rows[3], rows[2], *rows[4:]]
+    )
+
+
+@pytest.mark.parametrize("text", [layouts.clip, layouts.open_clip], ids=["CLIP", "OpenCLIP"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_single_files_load(tmp_path, tiny_weights, text, kind):
+    path = tmp_path / "model.weights"  # the name says nothing
+    tensors = layouts.compvis(tiny_weights, text)
+    if kind == "safetensors":
+        save_safetensors(tensors, path)
+    else:
+        layouts.write_ckpt(path, tensors, old=kind == "legacy")
+    checkpoint = open_checkpoint(path, config=TINY)
+    check(checkpoint, tiny_weights)
+
+
+def test_old_text_encoder_names_load(tmp_path, tiny_weights):
+    tensors = {
+        name.replace("transformer.text_model.", "transformer."): tensor
+        for name, tensor in layouts.compvis(tiny_weights).items()
+    }
+    save_safetensors(tensors, tmp_path / "old")
+    check(open_checkpoint(tmp_path / "old", config=TINY), tiny_weights)
+
+
+def test_which_average_is_taken_is_said(tmp_path, tiny_weights, caplog):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "both.ckpt"
+    average = {name: weight + 1 for name, weight in tiny_weights["unet"].items()}
+    whole = layouts.compvis(tiny_weights)
+    save_safetensors(whole | layouts.compvis_ema(average), path)
+    check(open_checkpoint(path, config=TINY), tiny_weights)
+    assert "the UNet's non-EMA weights are taken" in caplog.text
+    check(open_checkpoint(path, config=TINY, ema=True), tiny_weights | {"unet": average})
+    assert "the UNet's EMA weights are taken" in caplog.text
+
+    save_safetensors(whole, path)
+    with pytest.raises(CheckpointError, match="no moving average"):
+        open_checkpoint(path, config=TINY, ema=True)
+    alone = {n: w for n, w in whole.items() if not n.startswith("model.")}
+    save_safetensors(alone | layouts.compvis_ema(average), path)
+    check(open_checkpoint(path, config=TINY), tiny_weights | {"unet": average})
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
+def test_another_autoencoder_is_laid_over(tmp_path, tiny_weights, tiny_model, prefix):
+    other = {name: weight * 2 for name, weight in tiny_weights["vae"].items()}
+    save_safetensors(layouts.compvis_vae(other, prefix), tmp_path / "vae.pt")
+    check(open_checkpoint(tiny_model, vae=tmp_path / "vae.pt"), tiny_weights | {"vae": other})
+
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    save_safetensors(other, folder / "diffusion_pytorch_model.safetensors")
+    check(open_checkpoint(tiny_model, vae=folder), tiny_weights | {"vae": other})
+
+    with pytest.raises(CheckpointError, match="no autoencoder: it holds unet"):
+        open_checkpoint(tiny_model, vae=tiny_model / FILES["unet"])
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no diffusion_pytorch_model"):
+        open_checkpoint(tiny_model, vae=folder)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_folders_with_pytorch_files_load(tiny_folder, tiny_weights, old):
+    for part, name in FILES.items():
+        path = tiny_folder / name
+        path.unlink()
+        stem = "pytorch_model" if part == "text_encoder" else path.stem
+        layouts.write_ckpt(path.with_name(f"{stem}.bin"), tiny_weights[part], old)
+    check(open_checkpoint(tiny_folder), tiny_weights)
+
+
+def test_a_variant_is_taken_when_asked_for(tiny_folder, tiny_weights):
+    half = {
+        part: {name: w.astype(np.float16) for name, w in tensors.items()}
+        for part, tensors in tiny_weights.items()
+    }
+    for part, name in FILES.items():
+        path = tiny_folder / name
+        if part != "unet":
+            save_safetensors(half[part], path.with_suffix(".fp16.safetensors"))
+            continue
+        places = {name: f"shard{i % 2}" for i, name in enumerate(half[part])}
+        for shard in set(places.values()):
+            held = {name: half[part][name] for name in places if places[name] == shard}
+            save_safetensors(held, path.with_name(shard))
+        index = path.with_name(f"{path.name}.index.fp16.json")
+        index.write_text(json.dumps({"weight_map": places}))
+    check(open_checkpoint(tiny_folder, variant="fp16"), half)
+    check(open_checkpoint(tiny_folder), tiny_weights)
+    with pytest.raises(FileNotFoundError, match=r"model\.non_ema\.safetensors"):
+        open_checkpoint(tiny_folder, variant="non_ema")
+
+
+def shapes(context, channels):
+    name = "model.diffusion_model."
+    return Named(
+        {
+            f"{name}input_blocks.0.0.weight": (320, channels, 3, 3),
+            f"{name}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, context),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "prediction", "config"),
+    [
+        (shapes(768, 4), None, SD_1),
+        (shapes(768, 4), "v", SD_1),
+        (shapes(768, 9), None, SD_1_INPAINT),
+        (shapes(1024, 4), None, SD_2_BASE),
+        (shapes(1024, 4), "v", SD_2),
+        (shapes(1024, 9), None,
+         replace(SD_2_BASE, name="stable-diffusion-v2-base-inpainting",
+                 unet=replace(SD_2_BASE.unet, in_channels=9))),
+        (Named({"x/layer/embeddings:0": (49408, 1024), "x/b:0": (3,)}), None, SD_2_BASE),
+        (Named({"d/kernel:0": (320, 1280), "c/kernel:0": (3, 3, 4, 320), "k/kernel:0": (1024, 9)}),
+         None, SD_2_BASE),
+    ],
+)  # fmt: skip
+def test_the_model_is_told_by_the_tensors(file, prediction, config):
+    assert find_config([file], prediction) == config
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (shapes(768, 5), "depth-to-image"),
+        (shapes(768, 8), "InstructPix2Pix"),
+        (shapes(2048, 4), "text of width 2048"),
+    ],
+)
+def test_models_of_another_kind_are_named(file, message):
+    with pytest.raises(CheckpointError, match=message):
+        find_config([file], None)
+
+
+def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weights):
+    path = tmp_path / "768-v-ema.safetensors"
+    save_safetensors(layouts.compvis(tiny_weights), path)
+
+    def prediction(**options):
+        return open_checkpoint(path, config=TINY, **options).config.schedule.prediction
+
+    assert prediction() == "epsilon"
+    assert prediction(prediction="v") == "v"
+    path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    assert prediction() == "v"
+    assert prediction(prediction="epsilon") == "epsilon"
+    save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": "epsilon"})
+    assert prediction() == "epsilon"  # the file itself before what lies beside it
+    with pytest.raises(ValueError, match="'epsilon' or 'v', not 'sample'"):
+        prediction(prediction="sample")
+
+
+def test_an_assumed_prediction_is_said(tmp_path, tiny_weights, caplog):
+    save_safetensors(layouts.compvis(tiny_weights), tmp_path / "file")
+    config = replace(TINY, unet=replace(TINY.unet, linear_projection=True))
+    for prediction, said in (("v", 0), ("epsilon", 0), (None, 1)):
+        open_checkpoint(tmp_path / "file", config=config, prediction=prediction)
+        assert caplog.text.count("taken as epsilon") == said
+
+
+def test_a_config_is_only_for_files_without_one(tiny_model):
+    with pytest.raises(ValueError, match="has a config of its own"):
+        open_checkpoint(tiny_model, config=SD_1)
+
+
+def wrong(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_safetensors({name: np.zeros(shape, np.float32) for name, shape in content}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html>" + b" " * 99, "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        (b"", "is empty"),
+        (b'{"error": "gone"}', "weight_map"),
+        (b"nothing that anyone knows", "no file of weights"),
+        (b"\x80\x04\x95", "Python pickle|damaged"),
+        (b"PK\x03\x04" + bytes(30), "zip archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(90), "damaged"),
+        ([("conditioner.embedders.0.transformer.x", 1)], "Stable Diffusion XL"),
+        ([("model.diffusion_model.label_emb.0.0.weight", 1)], "Stable Diffusion XL"),
+        ([("lora_unet_down_blocks_0.alpha", 1)], "a LoRA"),
+        ([("unet.down_blocks.0.attn1.to_q.lora.up.weight", 1)], "a LoRA"),
+        ([("emb_params", 1)], "a textual inversion"),
+        ([("control_model.input_blocks.0.0.weight", 1)], "a ControlNet"),
+        ([("model.diffusion_model.joint_blocks.0.x", 1)], "a diffusion transformer"),
+        ([("layer.weight", 1)], "no network of Stable Diffusion"),
+        ([("down_blocks.0.resnets.0.norm1.weight", 1)], "it holds unet, and no text_encoder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_files_are_named_for_what_they_are(tmp_path, content, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(wrong(tmp_path, content))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    wrong(tmp_path, [("lora_a", 1)])
+    with pytest.raises(CheckpointError, match=r"without a model.*Give a file: model\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_error_lists_all_that_is_wrong_with_a_single_file(tmp_path, tiny_weights):
+    tensors = layouts.compvis(tiny_weights)
+    del tensors["model.diffusion_model.out.2.bias"]
+    tensors["model.diffusion_model.time_embed.0.weight"] = np.zeros((32, 128), np.float32)
+    tensors["surprise"] = np.zeros(1, np.float32)
+    save_safetensors(tensors, tmp_path / "bad")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "bad", config=TINY).match(
+            "unet", layouts.variables("unet", tiny_weights["unet"])
+        )
+    for expected in (
+        "1 tensor missing: model.diffusion_model.out.2.bias",
+        "1 tensor not part of the model: surprise",
+        "time_embed.0.weight is transposed: (32, 128), the model needs (128, 32)",
+    ):
+        assert expected in str(caught.value)
+
+
+def published_lists(name):
+    return json.loads(gzip.decompress((synth.DATA / f"{name}.json.gz").read_bytes()))
+
+
+H5 = {
+    "text_encoder.h5": ("text_encoder", "sd15_text_encoder"),
+    "diffusion_model.h5": ("unet", "sd15_unet"),
+    "decoder.h5": ("decoder", "sd15_vae"),
+    "encoder_newW.h5": ("encoder", "sd15_vae"),
+    "kcv_encoder.h5": ("text_encoder", "sd15_text_encoder"),
+    "kcv_diffusion_model.h5": ("unet", "sd15_unet"),
+    "kcv_decoder.h5": ("decoder", "sd15_vae"),
+    "vae_encoder.h5": ("encoder", "sd15_vae"),
+    "text_encoder_v2_1.h5": ("text_encoder", "sd21_text_encoder"),
+    "diffusion_model_v2_1.h5": ("unet", "sd21_unet"),
+}
+
+
+@pytest.mark.parametrize("name", H5)
+def test_published_keras_files_map_weight_by_weight(name):
+    part, keys = H5[name]
+    rows = published_lists("h5_layouts")[name]
+    variables = layouts.variables(part, layouts.published(keys))
+    matches = InOrder().match(variables, Named({weight: shape for weight, shape, _ in rows}))
+    names = {match.name: TABLES[part].tensor(match.variable)[0] for match in matches}
+    assert names == {weight: key for weight, _, key in rows}
+
+
+@pytest.mark.parametrize(("part", "keys"), list(H5.values())[:4])
+def test_published_single_files_map_tensor_by_tensor(part, keys):
+    rows = published_lists("compvis_keys")[{"unet": "diffusion_model"}.get(part, part)]
+    table = tables(SD_1, Named(dict.fromkeys((theirs for theirs, _ in rows), ())))[part]
+    names = {
+        table.tensor(v)[0]: TABLES[part].tensor(v)[0]
+        for v in layouts.variables(part, layouts.published(keys))
+    }
+    assert names == dict(rows)
