@@ -32,6 +32,17 @@ class Size(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
+# How a model is opened, where that is more than its name.
+VAE = click.option(
+    "--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one."
+)
+PREDICTION = click.option(
+    "--prediction",
+    type=click.Choice(["epsilon", "v"]),
+    help="What a single file's network predicts, where nothing says it.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stable-diffusion-tf")
 def main() -> None:
@@ -127,12 +138,8 @@ def main() -> None:
     metavar="MODEL",
     help="A preset (see `sdtf weights list`), a folder, or owner/name on a hub.",
 )
-@click.option("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
-@click.option(
-    "--prediction",
-    type=click.Choice(["epsilon", "v"]),
-    help="What a single file's network predicts, where nothing says it.",
-)
+@VAE
+@PREDICTION
 @click.option(
     "--dtype",
     default="float32",
@@ -285,7 +292,9 @@ def read_prompts(file: TextIO | None) -> tuple[str, ...]:
     show_default=True,
     help="Of the stored weights: float32, float16 or bfloat16.",
 )
-def convert(source: str, target: Path, dtype: str) -> None:
+@VAE
+@PREDICTION
+def convert(source: str, target: Path, dtype: str, vae: str | None, prediction: str | None) -> None:
     """Write the model SOURCE to TARGET, for diffusers and others to open.
 
     TARGET is a new folder in the diffusers layout; or, if it ends in .safetensors, one new file
@@ -299,7 +308,7 @@ def convert(source: str, target: Path, dtype: str) -> None:
     with errors_in_one_line():
         with quiet_import():
             from stable_diffusion_tf.checkpoints.save import convert
-        convert(source, target, dtype)
+        convert(source, target, dtype, vae=vae, prediction=prediction)
     click.echo(target)
 
 

@@ -3,6 +3,7 @@ import re
 from dataclasses import replace
 
 import keras
+import layouts
 import numpy as np
 import pytest
 import synth
@@ -11,6 +12,7 @@ from tiny import FILES, TINY, write_folder
 
 from stable_diffusion_tf import CheckpointError, DownloadError, StableDiffusion, pipeline
 from stable_diffusion_tf.checkpoints.catalog import PRESETS, STABLE_DIFFUSION
+from stable_diffusion_tf.checkpoints.hub import HubFile
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
@@ -724,6 +726,24 @@ class TestTheEarlierPortsConstructor:
             sd.decode(np.zeros((1, 16, 24, 4)))
         asked = [path for _, path, _ in hub.requests if path.endswith(".h5")]
         assert {path.rpartition("/")[2] for path in asked} == {"decoder.h5"}
+
+    def test_published_weights_are_fetched_by_network(
+        self, tmp_path, hub, tiny_model, tiny_weights, monkeypatch
+    ):
+        paths = layouts.write_keras(tmp_path / "h5", tiny_weights, functional=False)
+        published = {f"{part}.h5": path.read_bytes() for part, path in paths.items()}
+        hub.repositories["someone/keras"] = published
+        files = {part: HubFile("someone/keras", f"{part}.h5") for part in paths}
+        preset = replace(PRESETS[STABLE_DIFFUSION], files=files)
+        monkeypatch.setitem(PRESETS, STABLE_DIFFUSION, preset)
+
+        sd, local = StableDiffusion(32, 32), StableDiffusion.from_pretrained(tiny_model)
+        assert sd.text_encoder.weights
+        assert hub.downloads() == ["text_encoder.h5"]
+        drawn = sd.generate(PROMPT, num_steps=1, seed=0, progress=False)
+        assert hub.downloads() == ["text_encoder.h5", "unet.h5", "decoder.h5"]
+        expected = local.generate(PROMPT, num_steps=1, seed=0, progress=False)
+        np.testing.assert_array_equal(drawn, expected)
 
     @pytest.mark.parametrize(
         ("args", "message"),

@@ -220,7 +220,10 @@ def _open(
             return open_path(preset_folder(source))
         return Checkpoint(
             preset.config,
-            {part: partial(_fetch_and_match, part, f) for part, f in preset.files.items()},
+            {
+                part: partial(_fetch_and_match, preset.config, part, file)
+                for part, file in preset.files.items()
+            },
         )
     path = Path(source)
     if str(source) and path.exists():  # Path("") would be the working directory
@@ -237,9 +240,11 @@ def _open(
     )
 
 
-def _fetch_and_match(part: str, file: HubFile, variables: Sequence[Any]) -> list[Match]:
+def _fetch_and_match(
+    config: ModelConfig, part: str, file: HubFile, variables: Sequence[Any]
+) -> list[Match]:
     """What fills a part's variables; DownloadError when its file cannot be had."""
-    return open_parts({part: fetch(file)}).match(part, variables)
+    return open_parts({part: fetch(file)}, config).match(part, variables)
 
 
 def hub_file(source: Source) -> HubFile | None:

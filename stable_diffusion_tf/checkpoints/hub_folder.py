@@ -66,9 +66,11 @@ class HubFolder:
         """The file of a part's weights; of weights in shards, their index."""
         path = self._fetch(find_weights(part, self._names.__contains__))
         if path.suffix == ".json":
-            folder = str(Path(FILES[part]).parent)
-            for shard in sorted(set(read_json(path)["weight_map"].values())):
-                self._fetch(f"{folder}/{shard}")
+            places = read_json(path).get("weight_map")  # what is wrong with it shows on opening
+            shards = set(map(str, places.values())) if isinstance(places, dict) else ()
+            folder = Path(FILES[part]).parent.as_posix()
+            for name in sorted({f"{folder}/{shard}" for shard in shards}.intersection(self._names)):
+                self._fetch(name)
         return path
 
     def download(self) -> list[Path]:

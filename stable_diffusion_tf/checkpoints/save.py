@@ -4,16 +4,17 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import keras
 import ml_dtypes
 import numpy as np
 
 from stable_diffusion_tf.checkpoints import compvis, diffusers
-from stable_diffusion_tf.checkpoints.catalog import Source
+from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.config_json import write_config
 from stable_diffusion_tf.checkpoints.fit import Table
-from stable_diffusion_tf.checkpoints.load import Models, load
+from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.files import atomic_path
@@ -49,10 +50,13 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float16") -> N
         write(models, temporary, dtype)
 
 
-def convert(source: Source, target: str | os.PathLike, dtype: str = "float32") -> None:
-    """Load `source` and save it. Arguments and errors as of `load` and `save`."""
+def convert(
+    source: Source, target: str | os.PathLike, dtype: str = "float32", **options: Any
+) -> None:
+    """Load `source` and save it. Arguments and errors as of `open_checkpoint` and `save`."""
     check_target(target, dtype)
-    save(load(source, "float32"), target, dtype)
+    checkpoint = open_checkpoint(source, **options)
+    save(Models(checkpoint.config, **load_parts(checkpoint, MODELS, "float32")), target, dtype)
 
 
 def check_target(target: str | os.PathLike, dtype: str) -> None:

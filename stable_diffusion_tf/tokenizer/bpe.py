@@ -86,6 +86,16 @@ class Tokenizer:
         return text.decode("utf-8", errors="replace").strip()
 
 
+def vocabulary_files() -> dict[str, str]:
+    """The vocabulary as transformers' CLIPTokenizer reads it: {file name: text}."""
+    vocabulary = _vocabulary()
+    merges = [" ".join(pair) for pair in vocabulary.ranks]
+    return {
+        "vocab.json": json.dumps(vocabulary.ids, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
+
+
 def named(texts: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
     """Pairs each text with what errors call it: `name`, or `name[i]` of several.
 
@@ -99,16 +109,6 @@ def named(texts: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
                 f"{culprit}: not valid text, {text!r} has a lone surrogate; write it in UTF-8"
             )
         yield culprit, text
-
-
-def vocabulary_files() -> dict[str, str]:
-    """The vocabulary as transformers' CLIPTokenizer reads it: {file name: text}."""
-    vocabulary = _vocabulary()
-    merges = [" ".join(pair) for pair in vocabulary.ranks]
-    return {
-        "vocab.json": json.dumps(vocabulary.ids, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-    }
 
 
 class _Vocabulary(NamedTuple):

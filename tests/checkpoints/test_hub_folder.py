@@ -105,14 +105,15 @@ def test_a_preset_s_parts_are_fetched_when_they_are_used(hub, monkeypatch):
     assert checkpoint.config == TINY
     assert hub.requests == []
 
-    monkeypatch.setattr(catalog, "open_parts", lambda paths: Opened(paths))
+    monkeypatch.setattr(catalog, "open_parts", Opened)
     assert checkpoint.match("unet", ["a variable"]) == ("unet", b"unet", ["a variable"])
     assert hub.downloads() == ["unet.h5"]
     assert len(download("some")) == len(stored_files("some")) == 4
 
 
 class Opened:
-    def __init__(self, paths):
+    def __init__(self, paths, config):
+        assert config == TINY
         self.paths = paths
 
     def match(self, part, variables):

@@ -95,6 +95,24 @@ def test_one_file_has_the_original_s_names(tmp_path, models, tiny_weights):
     assert saved["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_one_file_is_read_again(tmp_path, models, prediction):
+    schedule = replace(TINY.schedule, prediction=prediction)
+    save(
+        replace(models, config=replace(TINY_2, schedule=schedule)),  # OpenCLIP's names
+        tmp_path / "saved.safetensors",
+        dtype="float32",
+    )
+    checkpoint = open_checkpoint(tmp_path / "saved.safetensors", config=TINY_2)
+    assert checkpoint.config.schedule.prediction == prediction
+    for part in ("text_encoder", "encoder", "decoder"):
+        for match in checkpoint.match(part, getattr(models, part).weights):
+            expected = np.asarray(match.variable).copy()
+            match.variable.assign(np.zeros_like(expected))
+            match.fill()
+            np.testing.assert_array_equal(match.variable, expected)
+
+
 def test_conversion_refuses_before_it_loads(tmp_path, tiny_folder):
     convert(tiny_folder, tmp_path / "new", "bfloat16")
     assert open_checkpoint(tmp_path / "new").config == TINY
