@@ -275,7 +275,7 @@ class StableDiffusion:
             sample_posterior: encode `input_image` by a sample of the autoencoder's posterior, drawn
                 from the seed, instead of its mean.
             mask_feather: width, in pixels, over which the repainted part fades in, inwards from the
-                mask's edge; 0: a sharp seam. What is narrower hardly shows.
+                mask's edge; 0: a sharp seam. A mask narrower than twice that hardly shows.
             output: "image": uint8 (B, H, W, 3); "float": the same in [0, 1] float32; "latents":
                 scaled float32 (B, h, w, 4).
             progress: show a progress bar.
@@ -349,8 +349,8 @@ class StableDiffusion:
                 images,
                 masks,
                 first,
+                noise.posterior() if images and sample_posterior else None,
                 noise.start() if eps is None else eps,
-                noise.posterior() if sample_posterior else None,
                 mask_feather,
             )
             contexts = self._states(positive, count), *task.channels
@@ -474,8 +474,8 @@ class StableDiffusion:
         images: Sequence[np.ndarray],
         masks: Sequence[np.ndarray],
         first: Step,
-        eps: np.ndarray,
         posterior: np.ndarray | None,
+        eps: np.ndarray,
         mask_feather: float,
     ) -> _Task:
         """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
@@ -483,8 +483,9 @@ class StableDiffusion:
         Args:
             sample: the sampler.
             images, masks: none, one, or one a picture.
-            first: the level of the images and of `eps` (B, h, w, 4) to start from.
+            first: the level to start from.
             posterior: noise (B, h, w, 4) to encode the images with; None: by the mean.
+            eps: unit normal (B, h, w, 4), the noise on the images.
             mask_feather: pixels.
         """
         originals = self._encode(images, posterior) if images else 0.0
