@@ -131,6 +131,7 @@ def draw(sd, prompts: list[str], steps: int, guidance: float, batch: int, name: 
                 num_steps=steps,
                 unconditional_guidance_scale=guidance,
                 seed=SEED + part.start,
+                emphasis=False,  # as in training: names have brackets, "A button (blood type)"
                 progress=False,
             )
             for part in batches(len(prompts), batch, name)

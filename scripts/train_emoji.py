@@ -169,7 +169,7 @@ def train_diffusion(models, latents, captions, *, dtype, norm, steps, folder, ji
     prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
 
     def preview(step):
-        pictures = sd.generate(prompts, num_steps=15, seed=SEED, progress=False)
+        pictures = sd.generate(prompts, num_steps=15, seed=SEED, emphasis=False, progress=False)
         save_preview(pictures, folder, step, columns=8)
 
     train(

@@ -7,17 +7,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
-from stable_diffusion_tf.samplers import SAMPLERS
+from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
 
 STEM = 60  # characters of a prompt in a file's name
-SAMPLERS_HELP = "\b\nSamplers:\n" + "\n".join(
-    f"  {name:16} {sampler.description}" for name, sampler in SAMPLERS.items()
-)
+SAMPLERS_TABLE = [
+    f"{name:16} {sampler.description}{'; karras' if sampler.takes_karras else ''}"
+    for name, sampler in SAMPLERS.items()
+]
 
 
 class Size(click.ParamType):
@@ -41,9 +42,22 @@ def main() -> None:
     """
 
 
-@main.command(no_args_is_help=True, epilog=SAMPLERS_HELP)
-@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@main.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
+@click.argument("prompts", metavar="PROMPT...", nargs=-1)
+@click.option(
+    "--prompts-file",
+    metavar="FILE",
+    type=click.File(encoding="utf-8-sig"),
+    help="More prompts, one a line; - reads them from standard input.",
+)
 @click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
+@click.option("--literal", is_flag=True, help="Brackets and BREAK in prompts are mere text.")
+@click.option(
+    "--clip-skip",
+    default=1,
+    show_default=True,
+    help="Layer of the text encoder to end with, from the last; 2 is the one before it.",
+)
 @click.option("--steps", default=25, show_default=True, help="Denoising steps; more is slower.")
 @click.option(
     "--guidance",
@@ -52,8 +66,16 @@ def main() -> None:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    help="Number of the first picture; the next ones count on. [default: a random one]",
+    type=click.IntRange(-1, 2**64 - 1),
+    default=-1,
+    help="Number of the first picture; the next ones count on. [default: -1, a random one]",
+)
+@click.option(
+    "--rng",
+    default="numpy",
+    show_default=True,
+    type=click.Choice(list(STREAMS)),
+    help="Whose random numbers a seed stands for; torch: those of PyTorch on the CPU.",
 )
 @click.option(
     "--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures of each prompt."
@@ -71,6 +93,9 @@ def main() -> None:
     metavar="NAME",
     type=click.Choice(list(SAMPLERS)),
     help="How to step from noise to picture; see below.",
+)
+@click.option(
+    "--karras", is_flag=True, help="Karras's noise levels, for the samplers that say so below."
 )
 @click.option("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
 @click.option(
@@ -115,13 +140,18 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="No progress bars; only the pictures' paths.")
 def generate(
     prompts: tuple[str, ...],
+    prompts_file: TextIO | None,
     negative: str | None,
+    literal: bool,
+    clip_skip: int,
     steps: int,
     guidance: float | None,
-    seed: int | None,
+    seed: int,
+    rng: str,
     batch: int,
     size: tuple[int, int] | None,
     sampler: str,
+    karras: bool,
     eta: float,
     rescale: float,
     image: str | None,
@@ -148,24 +178,33 @@ def generate(
       sdtf generate "a green apple" --image apple.png --strength 0.6
       sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
+      sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
     """
+    schedule = "karras" if karras else None
     with errors_in_one_line():
+        prompts += read_prompts(prompts_file)
+        if not prompts:
+            raise click.UsageError("give a PROMPT, or a --prompts-file with one a line")
         check_folder(output)
         with quiet_import():
             from stable_diffusion_tf.images import free_path, png_text, save_png
-            from stable_diffusion_tf.pipeline import StableDiffusion, first_seed
+            from stable_diffusion_tf.pipeline import StableDiffusion
 
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
             weights, img_height=height, img_width=width, dtype=dtype, jit_compile=jit
         )
         # All pictures are checked before the first is drawn.
-        sd.tokenize(prompts, "prompt")
-        seed = first_seed(seed, len(prompts) * batch)
+        sd.tokenize(prompts, "prompt", emphasis=not literal)
+        seeds = picture_seeds(seed, len(prompts) * batch)
         settings = {
             "negative_prompt": negative,
+            "literal": literal,
+            "clip_skip": clip_skip,
+            "rng": rng,
             "steps": steps,
             "sampler": sampler,
+            "schedule": schedule,
             "guidance": sd.config.guidance if guidance is None else guidance,
             "size": f"{sd.img_width}x{sd.img_height}",
             "eta": eta,
@@ -176,29 +215,51 @@ def generate(
         if image is not None:
             settings |= {"image": image, "mask": mask, "strength": strength, "feather": feather}
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
+            its_seeds = seeds[i * batch : (i + 1) * batch]
             pictures = sd.generate(
                 prompt,
                 negative,
                 batch,
                 steps,
                 guidance,
-                seed=seed,
+                seed=its_seeds,
+                rng=rng,
+                clip_skip=clip_skip,
+                emphasis=not literal,
                 input_image=image,
                 input_mask=mask,
                 input_image_strength=strength,
                 mask_feather=feather,
                 sampler=sampler,
+                schedule=schedule,
                 eta=eta,
                 guidance_rescale=rescale,
                 progress=not quiet,
             )
-            for picture in pictures:
+            for picture, seed in zip(pictures, its_seeds, strict=True):
                 text = png_text({"prompt": prompt, "seed": seed, **settings})
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
                 if not quiet:
                     click.echo(f"seed {seed}", err=True)
-                seed += 1
+
+
+def read_prompts(file: TextIO | None) -> tuple[str, ...]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        return tuple(line.strip() for line in file or () if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {file.name} is not UTF-8: {error}") from None
+
+
+@main.command()
+def samplers() -> None:
+    """List the samplers, one a line."""
+    click.echo("\n".join(SAMPLERS_TABLE))
 
 
 def slug(prompt: str) -> str:

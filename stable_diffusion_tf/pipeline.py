@@ -2,9 +2,8 @@
 
 import logging
 import math
-import secrets
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
@@ -30,12 +29,13 @@ from stable_diffusion_tf.images import (
     unit_to_signed,
     unit_to_uint8,
 )
-from stable_diffusion_tf.samplers import Noise, get_sampler
-from stable_diffusion_tf.tokenizer import Tokenizer
+from stable_diffusion_tf.samplers import Noise, get_sampler, picture_seeds
+from stable_diffusion_tf.tokenizer import Chunk, Tokenizer, chunks, emphasised, filled_up
 
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 OUTPUTS = ("image", "float", "latents")
-SEEDS = 2**64
+
+Condition = list[Chunk | np.ndarray]  # of a picture: chunks of text, or their states (77, width)
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class StableDiffusion:
         config: the `ModelConfig`.
         img_height, img_width: size of the pictures that `generate` makes, in pixels.
         tokenizer: `encode(text)` gives ids without start, end and padding.
-        last_seed: the seed of the last `generate`, given or drawn; None before the first.
+        last_seed: the first picture's in the last `generate`, given or drawn; None before it.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class StableDiffusion:
         self.last_seed: int | None = None
         self._load = load
         self._networks: dict[str, keras.Model] = {}
+        self._readers: dict[int, Callable] = {}  # the text encoder, compiled, by clip_skip
 
     def _need(self, *parts: str) -> None:
         """Loads what is not loaded yet: together, so that one error names all that does not fit."""
@@ -221,16 +222,20 @@ class StableDiffusion:
         num_steps: int = 25,
         unconditional_guidance_scale: float | None = None,
         temperature: float = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         input_image: Any = None,
         input_mask: Any = None,
         input_image_strength: float = 0.5,
         *,
         sampler: str = "ddim",
+        schedule: Literal["karras"] | None = None,
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         context: Any = None,
         negative_context: Any = None,
+        clip_skip: int = 1,
+        emphasis: bool = True,
+        rng: Literal["numpy", "torch"] = "numpy",
         diffusion_noise: Any = None,
         sample_posterior: bool = False,
         mask_feather: float = 0.0,
@@ -242,20 +247,23 @@ class StableDiffusion:
         With `input_image`, it draws over that (image-to-image: SDEdit, Meng et al. 2022,
         arXiv:2108.01073); with `input_mask` too, only where the mask is white (inpainting).
 
-        Image i uses the seed `seed + i` and is the same picture alone or in any batch. All
-        arguments are checked before any work.
+        Image i uses the seed `seed + i` and is the same picture alone or in any batch of prompts
+        with as many chunks. All arguments are checked before any work.
 
         Args:
-            prompt: what to draw, at most 75 tokens; or a list of n; None only with `context`.
+            prompt: what to draw, with emphasis as in (red:1.3), see `tokenizer.prompts`; or a list
+                of n; None only with `context`. Over 75 tokens are read in chunks of 75; prompts and
+                negative prompts of fewer are filled up with empty ones, and that is logged.
             negative_prompt: what to be drawn away from, one or a list as long as the batch; without
                 guidance it has no part.
             batch_size: number of pictures of one prompt; 1 or n with a list of n.
-            num_steps: how often the latents are denoised, exactly: 1 to 499 with "leading"
-                spacing, 1 to 1000 with the others.
+            num_steps: how many steps the sampler takes, exactly: 1 to 499 with "leading" spacing,
+                1 to 999 or 1000 with the others, 1 to 50 with "lcm".
             unconditional_guidance_scale: how strongly the prompt counts (Ho and Salimans 2022,
                 arXiv:2207.12598); 1 or less: no guidance, half the work. None: the model's own.
             temperature: scales the noise that a stochastic sampler adds.
-            seed: from 0 to 2**64 - 1; None: one is drawn, logged and kept in `last_seed`.
+            seed: from 0 to 2**64 - 1, or a list, one a picture; None or -1: one is drawn, logged
+                and kept in `last_seed`.
             input_image: what to draw over: what `images.load_image` takes, or several, as a list
                 or an array (n, H, W, C), one a picture. Stretched to the model's size, not cropped.
             input_mask: where: white, 0.5 and over, is repainted, black kept; one or several,
@@ -265,11 +273,18 @@ class StableDiffusion:
                 `max(1, int(num_steps * input_image_strength))` steps run, from the input noised to
                 the first of them; at 1, inpainting starts from noise alone.
             sampler: a name in `stable_diffusion_tf.samplers.SAMPLERS`.
+            schedule: "karras": the noise levels of Karras et al. (2022, arXiv:2206.00364, equation
+                5), for samplers that take them; None: the sampler's own.
             eta: 0 (deterministic) to 1 (ancestral), for "ddim".
             guidance_rescale: 0 to 1, against the over-exposure of strong guidance (Lin et al. 2023,
                 arXiv:2305.08891, section 3.4).
-            context: instead of a prompt, the text encoder's states: (77, width), or (n, 77, width).
+            context: instead of a prompt, the text encoder's states: (77, width), or (n, 77, width),
+                or those of several chunks.
             negative_context: the same instead of a negative prompt.
+            clip_skip: 1, the text encoder as it is; 2, without its last layer; and so on.
+            emphasis: whether brackets and BREAK in prompts have a meaning, or all is text.
+            rng: whose random numbers the seed stands for: "numpy", or "torch", with which it is the
+                seed of a `torch.Generator` on the CPU, one a picture.
             diffusion_noise: unit normal start noise (B, h, w, 4), instead of the seed's. With
                 `input_image` it is the noise put on that.
             sample_posterior: encode `input_image` by a sample of the autoencoder's posterior, drawn
@@ -287,8 +302,12 @@ class StableDiffusion:
             FloatingPointError: a network overflowed, as some do in float16.
         """
         method = get_sampler(sampler)
-        options = method.options(_number("eta", eta), _number("temperature", temperature))
-        levels = steps(self.config.schedule, num_steps, **method.grid)
+        prediction = self.config.schedule.prediction
+        options = method.options(
+            _number("eta", eta), _number("temperature", temperature), prediction
+        )
+        grid = method.grid_on(schedule)
+        levels = steps(self.config.schedule, num_steps, **grid)
         guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
         strength = _number("input_image_strength", input_image_strength)
         if not 0 < strength <= 1:
@@ -297,7 +316,8 @@ class StableDiffusion:
         if mask_feather < 0:
             raise ValueError(f"mask_feather must be 0 pixels or more, not {mask_feather!r}")
         _check_choice("output", output, OUTPUTS)
-        positive = self._conditions("prompt", prompt, "context", context)
+        self._check_clip_skip(clip_skip)
+        positive = self._conditions("prompt", prompt, "context", context, emphasis)
         images, masks = _sources("input_image", input_image), _sources("input_mask", input_mask)
         if masks and not images:
             raise ValueError("input_mask says where to repaint input_image; give that too")
@@ -310,7 +330,7 @@ class StableDiffusion:
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
         negative = self._conditions(
-            "negative_prompt", negative_prompt, "negative_context", negative_context
+            "negative_prompt", negative_prompt, "negative_context", negative_context, emphasis
         )
         for name, given in (
             ("prompts or contexts", positive),
@@ -326,16 +346,17 @@ class StableDiffusion:
         eps = None
         if diffusion_noise is not None:
             eps = _array("diffusion_noise", diffusion_noise, (count, *shape))
-        seed = first_seed(seed, count)
+        seeds = picture_seeds(seed, count)
+        noise = Noise(seeds, shape, rng)
         images = self._loaded("input_image", images, load_image)
         masks = self._loaded("input_mask", masks, load_mask)
-        self.last_seed = seed
-        noise = Noise(range(seed, seed + count), shape)
+        conditions = filled_up(positive if guidance is None else positive + negative, self._empty)
+        self.last_seed = seeds[0]
         if images:
             levels = levels[-1 - max(1, int(num_steps * strength)) :]
         first = levels[0]
         if not images or (masks and strength == 1):  # noise alone
-            scale = start_scale(self.config.schedule, first, **method.grid)
+            scale = start_scale(self.config.schedule, first, **grid)
             first = first._replace(alpha=0.0, sigma=scale)
 
         with tqdm(
@@ -344,19 +365,15 @@ class StableDiffusion:
             # All of them now: a damaged file must be found before the work.
             self._need("text_encoder", "unet", "decoder", *(["encoder"] if images else []))
             bar.set_description("Reading the input")
-            task = self._task(
-                method.sample,
-                images,
-                masks,
-                first,
-                noise.posterior() if images and sample_posterior else None,
-                noise.start() if eps is None else eps,
-                mask_feather,
-            )
-            contexts = self._states(positive, count), *task.channels
-            negatives = (
-                None if guidance is None else (self._states(negative, count), *task.channels)
-            )
+            # Before the start noise: PyTorch users have the posterior's drawn first.
+            posterior = noise.posterior() if images and sample_posterior else None
+            eps = noise.start() if eps is None else eps
+            task = self._task(method.sample, images, masks, first, eps, posterior, mask_feather)
+            states = self._states(conditions, clip_skip)
+            contexts = _repeated(states[: len(positive)], count), *task.channels
+            negatives = None
+            if guidance is not None:
+                negatives = _repeated(states[len(positive) :], count), *task.channels
 
             def denoise(x, step):
                 step = Step(*map(_tensor, step))
@@ -372,26 +389,41 @@ class StableDiffusion:
             pictures = task.finish(self._pictures(latents))
         return pictures if output == "float" else unit_to_uint8(pictures)
 
-    def tokenize(self, prompts: str | Sequence[str], name: str = "prompts") -> np.ndarray:
-        """Returns the text encoder's input of prompts: (B, 77) int32.
+    def tokenize(
+        self, prompts: str | Sequence[str], name: str = "prompts", *, emphasis: bool = True
+    ) -> list[list[Chunk]]:
+        """Returns what the text encoder reads of each prompt: chunks of 77 ids and their weights.
 
         Raises:
-            TypeError, ValueError: there are none, or one is not text, or has over 75 tokens. The
-                message calls them `name`.
+            TypeError, ValueError: there are none, or one is not text, or has a weight beyond 100.
+                The message calls them `name`.
         """
         text = self.config.text_encoder
-        return self.tokenizer.tokenize(_texts(name, prompts), text.max_length, text.pad_token, name)
+        return chunks(
+            self.tokenizer,
+            _texts(name, prompts),
+            text.max_length,
+            text.pad_token,
+            emphasis=emphasis,
+            name=name,
+        )
 
-    def encode_text(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """Returns the text encoder's states of prompts: (B, 77, width) float32.
+    def encode_text(
+        self, prompts: str | Sequence[str], *, clip_skip: int = 1, emphasis: bool = True
+    ) -> np.ndarray:
+        """Returns the text encoder's states of prompts, (B, 77, width) float32.
+
+        With n chunks in the longest prompt, it is (B, 77 n, width), as `context` may be.
+
+        Args:
+            prompts, clip_skip, emphasis: as of `generate`.
 
         Raises:
-            TypeError, ValueError: as of `tokenize`.
+            TypeError, ValueError: as of `tokenize`, or `clip_skip` is out of range.
         """
-        prompts = _texts("prompts", prompts)
-        ids = dict(zip(prompts, self.tokenize(prompts), strict=True))  # of each distinct prompt
-        states = dict(zip(ids, _one_by_one(self._read, list(ids.values())), strict=True))
-        return np.stack([states[prompt] for prompt in prompts])
+        self._check_clip_skip(clip_skip)
+        conditions = filled_up(self.tokenize(prompts, emphasis=emphasis), self._empty)
+        return self._states(conditions, clip_skip)
 
     def encode_image(
         self, images: np.ndarray | Sequence[ImageSource], noise: Any = None
@@ -474,8 +506,8 @@ class StableDiffusion:
         images: Sequence[np.ndarray],
         masks: Sequence[np.ndarray],
         first: Step,
-        posterior: np.ndarray | None,
         eps: np.ndarray,
+        posterior: np.ndarray | None,
         mask_feather: float,
     ) -> _Task:
         """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
@@ -483,9 +515,8 @@ class StableDiffusion:
         Args:
             sample: the sampler.
             images, masks: none, one, or one a picture.
-            first: the level to start from.
+            first: the level of the images and of `eps` (B, h, w, 4) to start from.
             posterior: noise (B, h, w, 4) to encode the images with; None: by the mean.
-            eps: unit normal (B, h, w, 4), the noise on the images.
             mask_feather: pixels.
         """
         originals = self._encode(images, posterior) if images else 0.0
@@ -516,22 +547,49 @@ class StableDiffusion:
         return self.img_height // factor, self.img_width // factor, channels
 
     def _conditions(
-        self, prompt_name: str, prompt: Any, context_name: str, context: Any
-    ) -> list[str] | np.ndarray:
-        """Checks what is to be drawn: prompts, or the states (n, 77, width) of some."""
+        self, prompt_name: str, prompt: Any, context_name: str, context: Any, emphasis: bool
+    ) -> list[Condition]:
+        """Checks what is to be drawn: prompts, or the states of some."""
         if (prompt is None) == (context is None):
             raise ValueError(f"give {prompt_name} or {context_name}, one of them and not both")
         if context is None:
-            self.tokenize(prompt, prompt_name)  # refuses what cannot be read
-            return _texts(prompt_name, prompt)
-        states = (self.config.text_encoder.max_length, self.config.unet.context_width)
-        return _array(context_name, context, states, ("n", *states)).reshape(-1, *states)
+            return self.tokenize(prompt, prompt_name, emphasis=emphasis)
+        length, width = self.config.text_encoder.max_length, self.config.unet.context_width
+        states = _array(context_name, context, ("N", width), ("n", "N", width))
+        if states.shape[-2] % length:
+            raise ValueError(
+                f"{context_name} must have the states of whole chunks, a multiple of {length} of "
+                f"them, not {states.shape[-2]}"
+            )
+        return [list(one) for one in states.reshape(-1, states.shape[-2] // length, length, width)]
 
-    def _states(self, conditions: list[str] | np.ndarray, count: int) -> Any:
-        """Conditions, one or `count` -> tensor (count, 77, width)."""
-        if isinstance(conditions, list):
-            conditions = self.encode_text(conditions)
-        return _repeated(conditions, count)
+    @cached_property
+    def _empty(self) -> Chunk:
+        ((chunk,),) = self.tokenize("")
+        return chunk
+
+    def _states(self, conditions: list[Condition], clip_skip: int) -> np.ndarray:
+        """Conditions of n chunks each -> (B, 77 n, width)."""
+
+        @cache
+        def read(ids):
+            return _one_by_one(self._reader(clip_skip), np.array([ids], np.int32))[0]
+
+        def states(chunk):
+            if isinstance(chunk, np.ndarray):
+                return chunk
+            return emphasised(read(chunk.ids), chunk.weights)
+
+        return np.stack([np.concatenate([*map(states, condition)]) for condition in conditions])
+
+    def _check_clip_skip(self, clip_skip: Any) -> None:
+        layers = self.config.text_encoder.layers
+        whole = isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool)
+        if not (whole and 1 <= clip_skip <= layers):
+            raise ValueError(
+                f"clip_skip must be a whole number from 1 to {layers}, the text encoder's layers, "
+                f"not {clip_skip!r}"
+            )
 
     def _guidance(self, scale: Any, rescale: Any) -> tuple[Any, Any]:
         """Checks guidance's numbers; as tensors, so that none of them is compiled in, or None."""
@@ -560,9 +618,10 @@ class StableDiffusion:
 
         return compiled(denoise, unet.variables, self.jit_compile)
 
-    @cached_property
-    def _read(self) -> Callable:
-        return self._compiled(self.text_encoder)
+    def _reader(self, clip_skip: int) -> Callable:
+        if clip_skip not in self._readers:
+            self._readers[clip_skip] = self._compiled(self.text_encoder.skipping(clip_skip))
+        return self._readers[clip_skip]
 
     @cached_property
     def _encoder(self) -> Callable:
@@ -672,23 +731,6 @@ def _count(given: int, batch_size: Any) -> int:
             f"{given} pictures; leave it out, or repeat them in the list"
         )
     return given
-
-
-def first_seed(seed: int | None, count: int) -> int:
-    """The seed of the first of `count` pictures, each of which has the next: given, or drawn.
-
-    Raises:
-        ValueError: one of the seeds is not a whole number from 0 to 2**64 - 1.
-    """
-    if seed is None:
-        seed = secrets.randbits(32)
-        log.info("seed %d", seed)
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= SEEDS - count:
-        raise ValueError(
-            f"seed must be a whole number from 0 to 2**64 - {count} (each of the {count} pictures "
-            f"has the next), not {seed!r}"
-        )
-    return int(seed)
 
 
 def _array(name: str, value: Any, *shapes: tuple[int | str, ...]) -> np.ndarray:

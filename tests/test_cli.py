@@ -13,6 +13,7 @@ from PIL import Image
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.cli import main, quiet_import, slug
+from stable_diffusion_tf.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,16 +77,21 @@ def test_pictures_are_drawn_over_pictures(sdtf, tiny_model):
 
 
 def test_the_png_says_how_to_draw_it_again(sdtf):
-    first = sdtf("a cat", "--steps", "3", "--size", "20x14", "--sampler", "euler_ancestral")
+    choices = ("--sampler", "euler_ancestral", "--clip-skip", "2", "--rng", "torch", "--literal")
+    first = sdtf("a (cat)", "--steps", "3", "--size", "20x14", *choices)
     with Image.open("outputs/a-cat.png") as image:
         settings = json.loads(image.text["stable_diffusion_tf"])
     assert f"seed {settings['seed']}\n" in first.stderr
     assert settings == {
-        "prompt": "a cat",
+        "prompt": "a (cat)",
         "seed": settings["seed"],
         "negative_prompt": None,
+        "literal": True,
+        "clip_skip": 2,
+        "rng": "torch",
         "steps": 3,
         "sampler": "euler_ancestral",
+        "schedule": None,
         "guidance": 3.0,
         "size": "20x14",
         "eta": 0.0,
@@ -93,9 +99,26 @@ def test_the_png_says_how_to_draw_it_again(sdtf):
         "dtype": "float32",
         "model": "tiny",
     }
-    options = ("steps", "size", "sampler", "guidance", "seed")
-    sdtf("a cat", *(f"--{name}={settings[name]}" for name in options))
+    options = ("steps", "size", "sampler", "guidance", "clip_skip", "rng", "seed")
+    again = [f"--{name.replace('_', '-')}={settings[name]}" for name in options]
+    sdtf("a (cat)", "--literal", *again)
     np.testing.assert_array_equal(pixels("outputs/a-cat.png"), pixels("outputs/a-cat-1.png"))
+    sdtf("a (cat)", *again)
+    assert (pixels("outputs/a-cat.png") != pixels("outputs/a-cat-2.png")).any()
+
+
+def test_prompts_of_a_file_come_after_those_given(sdtf, tmp_path):
+    (tmp_path / "more.txt").write_text("\ufeffa dog\n\n  a café  \r\n", encoding="utf-8")
+    settings = ("--steps", "1", "--seed", "7")
+    result = sdtf("a cat", "--prompts-file", "more.txt", *settings)
+    assert result.exit_code == 0, result.output
+    names = ["a-cat", "a-dog", "a-café"]
+    assert result.stdout.split() == [f"outputs/{name}.png" for name in names]
+    assert [f"seed {seed}" in result.stderr for seed in (7, 8, 9, 10)] == [True, True, True, False]
+    with Image.open("outputs/a-café.png") as image:
+        assert json.loads(image.text["stable_diffusion_tf"])["seed"] == 9
+    sdtf("--prompts-file", "more.txt", "--quiet", *settings)
+    assert (tmp_path / "outputs" / "a-dog-1.png").exists()
 
 
 def test_quiet_leaves_the_paths_only(sdtf):
@@ -111,6 +134,7 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--steps", "500"], "num_steps must be a whole number from 1 to 499"),
         (["a", "--size", "33"], "must be a multiple of 2"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
+        (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),
         (["a", "--rescale", "2"], "guidance_rescale must be from 0 to 1"),
         (["a", "--image", "no.png"], "No such file or directory: 'no.png'"),
         (["a", "--image", "file"], "file is no picture in one of PNG, JPEG"),
@@ -118,9 +142,11 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--strength", "1.5"], "input_image_strength must be over 0, up to 1, not 1.5"),
         (["a", "--feather", "-1"], "mask_feather must be 0 pixels or more"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
-        (["a", "cat " * 76], "prompt[1]: 76 tokens and only 75 fit"),
+        (["a", "(cat:101)"], "prompt[1]: 'cat' has the weight 101"),
+        (["a", "--clip-skip", "4"], "clip_skip must be a whole number from 1 to 3"),
+        (["a", "--prompts-file", "file"], "--prompts-file file is not UTF-8"),
         (["a", "caf\udce9"], "prompt[1]: not valid text"),
-        (["a", "--negative", "cat " * 76], "negative_prompt: 76 tokens and only 75 fit"),
+        (["a", "--negative", "(cat:101)"], "negative_prompt: 'cat' has the weight 101"),
         (["a", "b", "--seed", str(2**64 - 1)], "seed must be a whole number from 0 to 2**64 - 2"),
         (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset and no folder"),
         (["a", "--weights", "."], "is not a whole model in the diffusers layout"),
@@ -128,7 +154,7 @@ def test_quiet_leaves_the_paths_only(sdtf):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, arguments, message):
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_bytes("café".encode("latin-1"))
     result = sdtf(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -175,7 +201,9 @@ def test_only_what_a_user_can_mend_is_said_in_one_line_while_drawing(
         (["a", "--sampler", "plms"], "'plms' is not one of 'ddim', 'ddpm'"),
         (["a", "--size", "3.5"], "'3.5' is neither a side (512) nor WIDTHxHEIGHT (512x768)"),
         (["a", "--batch", "0"], "--batch"),
-        (["a", "--seed", "-1"], "--seed"),
+        (["a", "--seed", "-2"], "--seed"),
+        (["a", "--rng", "cuda"], "'cuda' is not one of 'numpy', 'torch'"),
+        (["--quiet"], "give a PROMPT, or a --prompts-file"),
     ],
 )
 def test_wrong_usage_is_explained(sdtf, arguments, message):
@@ -197,6 +225,13 @@ def test_wrong_usage_is_explained(sdtf, arguments, message):
 )
 def test_a_prompt_makes_a_file_name(prompt, stem):
     assert slug(prompt) == stem
+
+
+def test_samplers_are_listed_one_a_line():
+    result = CliRunner().invoke(main, ["samplers"])
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(SAMPLERS)
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
 def test_help_teaches_and_waits_for_no_backend():

@@ -120,7 +120,7 @@ class PerfectModel:
         captions = map(caption, artworks.rows)
         self._pictures = dict(zip(captions, artworks.images, strict=True))
 
-    def generate(self, prompts, num_steps, unconditional_guidance_scale, seed, progress):
+    def generate(self, prompts, num_steps, unconditional_guidance_scale, seed, emphasis, progress):
         return np.stack([self._pictures[prompt] for prompt in prompts])
 
     def encode_image(self, images):

@@ -62,8 +62,12 @@ def theirs(folder):
 def scheduler(sampler, folder):
     import diffusers
 
-    if sampler == "euler":
-        return diffusers.EulerDiscreteScheduler.from_pretrained(
+    eulers = {
+        "euler": diffusers.EulerDiscreteScheduler,
+        "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    }
+    if sampler in eulers:
+        return eulers[sampler].from_pretrained(
             folder, subfolder="scheduler", timestep_spacing="linspace"
         )
     return diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -191,3 +195,36 @@ def test_drawing_over_pictures_is_theirs(
             **masks,
         ).images
     assert synth.relative_error(ours, np.moveaxis(reference.numpy(), 1, -1)) <= 2e-5
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("euler_ancestral", 0.0)])
+def test_a_torch_seed_draws_their_latents(folder, theirs, sampler, eta):
+    import torch
+
+    sd = StableDiffusion.from_pretrained(folder, img_height=40, img_width=24)
+    theirs.scheduler = scheduler(sampler, folder)
+    states = sd.encode_text(PROMPTS)
+    ours = sd.generate(
+        None,
+        num_steps=5,
+        unconditional_guidance_scale=1,
+        seed=[7, 8, 2**40],
+        rng="torch",
+        sampler=sampler,
+        eta=eta,
+        context=states,
+        output="latents",
+        progress=False,
+    )
+    with torch.no_grad():
+        reference = theirs(
+            prompt_embeds=torch.tensor(states),
+            height=40,
+            width=24,
+            num_inference_steps=5,
+            guidance_scale=1,
+            eta=eta,
+            generator=[torch.Generator().manual_seed(seed) for seed in (7, 8, 2**40)],
+            output_type="latent",
+        ).images
+    assert synth.relative_error(ours, reference.numpy().transpose(0, 2, 3, 1)) <= 2e-5

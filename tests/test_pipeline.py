@@ -307,18 +307,118 @@ def test_a_context_is_a_prompt_that_has_been_read(small):
     assert synth.relative_error(without, read) > 1e-3
 
 
-def test_each_distinct_prompt_is_read_once(small, monkeypatch):
+def test_each_distinct_chunk_is_read_once(small, monkeypatch):
     seen = []
 
     def read(ids):
         seen.append(ids)
         return np.zeros((1, 77, 32), np.float32) + len(seen)
 
-    monkeypatch.setitem(small.__dict__, "_read", read)
-    states = small.encode_text(["a", "b", "a", "a"])
+    monkeypatch.setattr(small, "_reader", lambda clip_skip: read)
+    states = small.encode_text(["a", "b", "(a:2)", "a"])
     assert [ids.shape for ids in seen] == [(1, 77)] * 2
-    np.testing.assert_array_equal(states[:, 0, 0], [1, 2, 1, 1])
+    np.testing.assert_array_equal(states[[0, 1, 3], 0, 0], [1, 2, 1])
     assert small.encode_text("a").shape == (1, 77, 32)
+    assert len(seen) == 3
+
+
+def written_out(sd, *tokens):
+    """The states of one chunk of (words, weight), as their definition says."""
+    ids, weights = [49406], [1.0]
+    for words, weight in tokens:
+        found = sd.tokenizer.encode(words)
+        ids += found
+        weights += [weight] * len(found)
+    ids += [49407] * (77 - len(ids))
+    weights += [1.0] * (77 - len(weights))
+    states = np.asarray(sd.text_encoder(np.array([ids])), np.float64)[0]
+    emphasised = states * np.array(weights)[:, None]
+    return emphasised * states.mean() / emphasised.mean()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        ("a red apple", [[("a red apple", 1)]]),
+        ("a (red:1.3) apple", [[("a", 1), ("red", 1.3), ("apple", 1)]]),
+        ("a ((red) apple), [leaf]", [[("a", 1), ("red", 1.21), ("apple", 1.1), (",", 1),
+                                      ("leaf", 1 / 1.1)]]),
+        ("(red:0) apple (leaf:-1)", [[("red", 0), ("apple", 1), ("leaf", -1)]]),
+        (r"a \(red\) apple", [[("a (red) apple", 1)]]),
+        ("a cat BREAK (noto style:1.5)", [[("a cat", 1)], [("noto style", 1.5)]]),
+        ("cat " * 70 + "(red dog " * 10, [[("cat " * 70, 1), *[("red dog", 1.1**n) for n in (1, 2)],
+            ("red", 1.1**3)], [("dog", 1.1**3), *[("red dog", 1.1**n) for n in range(4, 11)]]]),
+    ],
+)  # fmt: skip
+def test_emphasis_and_chunks_are_those_of_the_written_out_definition(small, prompt, chunks):
+    (found,) = small.encode_text(prompt)
+    expected = np.concatenate([written_out(small, *chunk) for chunk in chunks])
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert synth.relative_error(found, expected) <= 1e-6
+    assert abs(found - expected).max() <= 1e-5
+
+
+def test_plain_text_has_the_encoders_very_states(small):
+    ids = small.tokenizer.tokenize([PROMPT, "a (cat)"])
+    read = small._reader(1)
+    for text, row in zip([PROMPT, "a (cat)"], ids, strict=True):
+        found = small.encode_text(text, emphasis=False)
+        np.testing.assert_array_equal(found, np.asarray(read(row[None])))
+    np.testing.assert_array_equal(small.encode_text(PROMPT), np.asarray(read(ids[:1])))
+
+
+def test_shorter_prompts_are_filled_up_and_that_is_said(small, caplog):
+    long = "cat " * 80
+    (empty,) = small.encode_text("")
+    assert caplog.messages == []
+    states = small.encode_text([long, "dog"])
+    assert states.shape == (2, 154, 32)
+    np.testing.assert_array_equal(states[1], np.concatenate([small.encode_text("dog")[0], empty]))
+    (message,) = caplog.messages
+    assert "chunks of 75 tokens, here 2" in message
+
+    settings = {"num_steps": 2, "seed": 3}
+    found = latents(small, "dog", long, **settings)
+    (negative,) = small.encode_text(long)
+    same = latents(small, None, context=states[1], negative_context=negative, **settings)
+    np.testing.assert_array_equal(found, same)
+    short = small.encode_text("dog")
+    same = latents(small, None, context=short, negative_context=negative, **settings)
+    np.testing.assert_array_equal(found, same)
+    caplog.clear()
+    latents(small, "dog", long, unconditional_guidance_scale=1, **settings)
+    assert caplog.messages == []  # without guidance, it has no part
+
+
+def test_clip_skip(small):
+    ids = small.tokenizer.tokenize([PROMPT])
+    early = np.asarray(small.text_encoder.skipping(2)(ids))
+    states = small.encode_text(PROMPT, clip_skip=2)
+    assert synth.relative_error(states, early) <= 1e-6
+    assert synth.relative_error(states, small.encode_text(PROMPT)) > 1e-2
+    settings = {"num_steps": 1, "seed": 0, "clip_skip": 2, "unconditional_guidance_scale": 1}
+    np.testing.assert_array_equal(
+        latents(small, PROMPT, **settings), latents(small, None, context=states, **settings)
+    )
+
+
+def test_each_picture_has_the_seed_of_a_list(small):
+    together = latents(small, PROMPT, batch_size=3, num_steps=1, seed=[5, 3, 5])
+    assert small.last_seed == 5
+    assert synth.relative_error(together[0], together[2]) <= 1e-5
+    counted = latents(small, PROMPT, batch_size=3, num_steps=1, seed=3)
+    assert synth.relative_error(together[:2], counted[[2, 0]]) <= 1e-5
+
+
+def test_a_torch_seed_is_the_start_and_the_noise_of_torch(small):
+    draws = synth.golden("torch_generator")["randn_5x7"][2:5, 0]  # of seeds 2, 42 and 1234
+    noise = draws.reshape(3, 4, 7, 5).transpose(0, 2, 3, 1)
+    settings = {"num_steps": 1, "batch_size": 3, "seed": [2, 42, 1234], "rng": "torch"}
+    found = latents(small, PROMPT, **settings)
+    given = latents(small, PROMPT, diffusion_noise=noise, **settings)
+    assert synth.relative_error(found, given) <= 1e-5
+    assert synth.relative_error(found, latents(small, PROMPT, **{**settings, "rng": "numpy"})) > 0.1
 
 
 def test_defaults_are_the_models_own(tiny_model, small):
@@ -339,8 +439,8 @@ def test_without_guidance_there_is_no_unconditional_half(small):
 
 
 def test_a_seed_that_is_drawn_is_logged_and_draws_the_same_again(small, caplog):
-    with caplog.at_level(logging.INFO, pipeline.__name__):
-        found = latents(small, PROMPT, num_steps=1)
+    with caplog.at_level(logging.INFO, "stable_diffusion_tf"):
+        found = latents(small, PROMPT, num_steps=1, seed=-1)
     seed = small.last_seed
     assert caplog.messages == [f"seed {seed}"]
     np.testing.assert_array_equal(latents(small, PROMPT, num_steps=1, seed=seed), found)
@@ -352,6 +452,16 @@ def test_a_seed_that_is_drawn_is_logged_and_draws_the_same_again(small, caplog):
 def test_every_sampler_draws(small, sampler):
     found = latents(small, PROMPT, num_steps=3, seed=0, sampler=sampler)
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_a_schedule_moves_the_noise_levels(small, sampler):
+    settings = {"num_steps": 3, "seed": 0, "sampler": sampler}
+    own, karras = (
+        latents(small, PROMPT, schedule=schedule, **settings) for schedule in (None, "karras")
+    )
+    assert np.isfinite(karras).all()
+    assert synth.relative_error(karras, own) > 1e-3
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("ddpm", 0.0)])
@@ -447,9 +557,9 @@ WRONG = [
     ((PROMPT, "caf\udce9"), {}, ValueError, "negative_prompt: not valid text"),
     ((None,), {}, ValueError, "give prompt or context, one of them"),
     ((PROMPT,), {"context": np.zeros((77, 32))}, ValueError, "one of them and not both"),
-    (("cat " * 76,), {}, ValueError, "^prompt: 76 tokens and only 75 fit"),
-    ((["a", "cat " * 76],), {}, ValueError, r"^prompt\[1\]: 76 tokens and only 75 fit"),
-    ((PROMPT, "cat " * 76), {}, ValueError, "^negative_prompt: 76 tokens and only 75 fit"),
+    (("(cat:101)",), {}, ValueError, "^prompt: 'cat' has the weight 101; weights go from -100"),
+    ((["a", "(cat:101)"],), {}, ValueError, r"^prompt\[1\]: 'cat' has the weight 101"),
+    ((PROMPT, "(cat:101)"), {}, ValueError, "^negative_prompt: 'cat' has the weight 101"),
     ((PROMPT, 7), {}, TypeError, "negative_prompt must be text"),
     ((PROMPT, "a"), {"negative_context": np.zeros((77, 32))}, ValueError, "negative_prompt or"),
     ((PROMPT, ["a", "b"]), {}, ValueError, "2 negative prompts or contexts for 1 pictures"),
@@ -465,15 +575,23 @@ WRONG = [
     ((PROMPT,), {"temperature": -1}, ValueError, "temperature must be a number, 0 or more"),
     ((PROMPT,), {"eta": NAN}, ValueError, "eta must be finite"),
     ((PROMPT,), {"eta": 2}, ValueError, "eta must be from 0"),
+    ((PROMPT,), {"schedule": "karras"}, ValueError, "'karras' does not apply"),
+    ((PROMPT,), {"schedule": "even", "sampler": "euler"}, ValueError, "unknown schedule 'even'"),
+    ((PROMPT,), {"num_steps": 51, "sampler": "lcm"}, ValueError, "num_steps must .* 1 to 50"),
     ((PROMPT,), {"eta": 0.5, "sampler": "euler"}, ValueError, "samplers with one: ddim"),
     ((PROMPT,), {"guidance_rescale": NAN}, ValueError, "guidance_rescale must be finite"),
     ((PROMPT,), {"guidance_rescale": 1.5}, ValueError, "guidance_rescale must be from 0 to 1"),
     ((PROMPT,), {"sampler": "plms"}, ValueError, "unknown sampler 'plms'; known: ddim, ddpm"),
     ((PROMPT,), {"output": "pil"}, ValueError, "unknown output 'pil'; known: image, float"),
-    ((PROMPT,), {"seed": -1}, ValueError, "seed must be a whole number from 0"),
+    ((PROMPT,), {"seed": -2}, ValueError, "seed must be a whole number from 0"),
     ((PROMPT,), {"seed": "1"}, ValueError, "seed must be a whole number from 0"),
     ((PROMPT,), {"seed": 2**64 - 1, "batch_size": 2}, ValueError, "seed must be"),
-    ((None,), {"context": np.zeros((77, 16))}, ValueError, r"context .* \(77, 32\) or \(n, 77, 32"),
+    ((PROMPT,), {"seed": [1, 2]}, ValueError, "2 seeds for 1 pictures"),
+    ((PROMPT,), {"rng": "cuda"}, ValueError, "unknown rng 'cuda'; known: numpy, torch"),
+    ((PROMPT,), {"clip_skip": 0}, ValueError, "clip_skip must be a whole number from 1 to 3"),
+    ((PROMPT,), {"clip_skip": 4}, ValueError, "clip_skip must be .* not 4"),
+    ((None,), {"context": np.zeros((77, 16))}, ValueError, r"context .* \(N, 32\) or \(n, N, 32"),
+    ((None,), {"context": np.zeros((78, 32))}, ValueError, "a multiple of 77 of them, not 78"),
     ((None,), {"context": np.zeros((0, 77, 32))}, ValueError, r"not \(0, 77, 32\)"),
     ((None,), {"context": "a"}, TypeError, "context must be an array of numbers, not 'a'"),
     ((None,), {"context": np.full((77, 32), NAN)}, ValueError, "context has NaN"),
@@ -494,7 +612,7 @@ WRONG = [
     ((PROMPT,), {"input_image_strength": 0}, ValueError, "strength must be over 0, up to 1, not"),
     ((PROMPT,), {"input_image_strength": 1.01}, ValueError, "input_image_strength must be over 0"),
     ((PROMPT,), {"input_image_strength": NAN}, ValueError, "input_image_strength must be finite"),
-    ((PROMPT,), {**PAIR, "seed": -1}, ValueError, "seed must be a whole number from 0"),
+    ((PROMPT,), {**PAIR, "seed": -2}, ValueError, "seed must be a whole number from 0"),
 ]
 
 

@@ -50,11 +50,24 @@ class TextEncoder(keras.Model):
                 config.vocab_size, config.width, name="embeddings.token_embedding"
             )(token_ids)
             x = PositionEmbedding(config.max_length, name="embeddings.position_embedding")(x)
+            hidden_states = []
             for i in range(config.layers):
                 x = transformer_layer(x, config, f"encoder.layers.{i}")
+                hidden_states.append(x)
             x = layer_norm(x, "final_layer_norm")
         super().__init__(token_ids, x, name=name)
         self.config = config
+        self.hidden_states = hidden_states
+
+    def skipping(self, clip_skip: int) -> keras.Model:
+        """The encoder that ends early: of these layers and weights, none of them copied.
+
+        Args:
+            clip_skip: 1 is the whole encoder, 2 goes from the layer before the last straight to
+                the final norm, and so on, to `config.layers`.
+        """
+        states = self.get_layer("final_layer_norm")(self.hidden_states[-clip_skip])
+        return keras.Model(self.inputs[0], states)
 
 
 def transformer_layer(x, config, name):

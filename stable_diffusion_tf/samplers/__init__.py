@@ -5,17 +5,29 @@ at `steps[0]`, `steps` a list of `(timestep, alpha, sigma)` with `x = alpha * x0
 and `noise(i)` the unit normal draw of step i, shaped as x. A sampler yields `(x, x0)` after each of
 the `len(steps) - 1` steps: the latents at `steps[i + 1]` and the estimate that led there. It uses
 operators and Python numbers only, so x may be an array of TensorFlow, JAX or NumPy, float64 too.
+
+Image-to-image gives a sampler the last of a list's steps only; multistep ones then start anew, with
+lower orders first.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from stable_diffusion_tf.samplers.ddim import ddim
 from stable_diffusion_tf.samplers.ddpm import ddpm
+from stable_diffusion_tf.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from stable_diffusion_tf.samplers.euler import euler, euler_ancestral
+from stable_diffusion_tf.samplers.heun import heun
+from stable_diffusion_tf.samplers.lcm import lcm
+from stable_diffusion_tf.samplers.lms import lms
+from stable_diffusion_tf.samplers.noise import STREAMS as STREAMS
 from stable_diffusion_tf.samplers.noise import Noise as Noise
+from stable_diffusion_tf.samplers.noise import picture_seeds as picture_seeds
+from stable_diffusion_tf.samplers.pndm import pndm
+from stable_diffusion_tf.samplers.unipc import unipc
 
 
 @dataclass(frozen=True)
@@ -25,12 +37,38 @@ class Sampler:
     sample: Callable
     description: str
     grid: Mapping = field(default_factory=dict)  # keywords of `schedule.steps`: where it steps
-    accepts: tuple[str, ...] = ()  # of "eta" and "temperature"
+    accepts: tuple[str, ...] = ()  # of "eta", "temperature" and "prediction"
 
-    def options(self, eta: float = 0.0, temperature: float = 1.0) -> dict[str, float]:
+    @property
+    def takes_karras(self) -> bool:
+        """Whether it may step at any noise levels, Karras's among them."""
+        return "solver" in self.grid
+
+    def grid_on(self, schedule: str | None) -> Mapping:
+        """Returns `grid`, on the noise levels called `schedule`: "karras"; None: its own.
+
+        Raises:
+            ValueError: the schedule is unknown, or the sampler cannot step on it.
+        """
+        if schedule is None:
+            return self.grid
+        if schedule != "karras":
+            raise ValueError(f"unknown schedule {schedule!r}; known: None, karras")
+        if not self.takes_karras:
+            known = ", ".join(name for name, row in SAMPLERS.items() if row.takes_karras)
+            raise ValueError(
+                "this sampler steps at its own timesteps, where schedule 'karras' does not apply; "
+                f"samplers that take it: {known}"
+            )
+        return {**self.grid, "schedule": schedule}
+
+    def options(
+        self, eta: float = 0.0, temperature: float = 1.0, prediction: str = "epsilon"
+    ) -> dict[str, Any]:
         """Checks a caller's options and returns those that `sample` takes.
 
-        `temperature` has nothing to scale in a deterministic sampler, which goes without it.
+        `temperature` has nothing to scale in a deterministic sampler, which goes without it; only
+        `pndm` needs to know the network's `prediction`.
 
         Raises:
             ValueError: `eta` is outside [0, 1], or not 0 where the sampler has none; `temperature`
@@ -43,18 +81,22 @@ class Sampler:
             raise ValueError(f"this sampler has no eta ({eta!r} given); samplers with one: {known}")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be a number, 0 or more, not {temperature!r}")
-        given = {"eta": eta, "temperature": temperature}
+        given = {"eta": eta, "temperature": temperature, "prediction": prediction}
         return {name: given[name] for name in self.accepts}
 
 
+_STRIDED = {"strided": True}
 _TO_CLEAN = {"ends_clean": True}
-_FRACTIONAL = {"spacing": "linspace", "fractional": True, "ends_clean": True}
+_EULER = {"spacing": "linspace", "solver": "euler", "ends_clean": True}
+_DPM = {"spacing": "linspace", "solver": "dpm", "ends_clean": True}
+_DISTILLED = {"distilled": 50, "ends_clean": True}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(
         ddim,
         "deterministic at eta 0, ancestral at eta 1; the published default",
-        accepts=("eta", "temperature"),
+        _STRIDED,
+        ("eta", "temperature"),
     ),
     "ddpm": Sampler(
         ddpm,
@@ -68,15 +110,53 @@ SAMPLERS: dict[str, Sampler] = {
         _TO_CLEAN,
         ("temperature",),
     ),
+    "pndm": Sampler(
+        pndm,
+        "deterministic, the last four outputs combined (PLMS)",
+        _STRIDED,
+        ("prediction",),
+    ),
+    "lms": Sampler(
+        lms,
+        "deterministic, Euler's steps with the last four slopes combined",
+        _EULER,
+    ),
     "euler": Sampler(
         euler,
         "deterministic, first order, at evenly spaced fractional timesteps",
-        _FRACTIONAL,
+        _EULER,
     ),
     "euler_ancestral": Sampler(
         euler_ancestral,
         "Euler's steps with fresh noise after each; varied pictures",
-        _FRACTIONAL,
+        _EULER,
+        ("temperature",),
+    ),
+    "heun": Sampler(
+        heun,
+        "deterministic, second order; two evaluations a step",
+        _EULER,
+    ),
+    "dpmpp_2m": Sampler(
+        dpmpp_2m,
+        "deterministic, second order; good pictures in 15 to 25 steps",
+        _DPM,
+    ),
+    "dpmpp_2m_sde": Sampler(
+        dpmpp_2m_sde,
+        "dpmpp_2m with fresh noise after each step; varied pictures",
+        _DPM,
+        ("temperature",),
+    ),
+    "unipc": Sampler(
+        unipc,
+        "deterministic, second order, each step corrected; good in 10 to 20",
+        _DPM,
+    ),
+    "lcm": Sampler(
+        lcm,
+        "for models distilled to latent consistency: 1 to 8 steps, 50 at most",
+        _DISTILLED,
         ("temperature",),
     ),
 }

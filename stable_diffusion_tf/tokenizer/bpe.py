@@ -6,7 +6,7 @@ last one. The merges beside this file are theirs too, unchanged (MIT licence).
 
 import gzip
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from itertools import pairwise
@@ -65,22 +65,15 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError(f"prompts must be a list of strings, not one string: {texts!r}")
         rows = np.full((len(texts), max_length), pad_token, dtype=np.int32)
-        for i, text in enumerate(texts):
+        room = max_length - 2
+        for row, (culprit, text) in zip(rows, named(texts, name), strict=True):
             ids = self.encode(text)
-            culprit = name if len(texts) == 1 else f"{name}[{i}]"
-            try:
-                text.encode()  # the clean-up above hides it, but nothing can store such text
-            except UnicodeEncodeError:
-                raise ValueError(
-                    f"{culprit}: not valid text, {text!r} has a lone surrogate; write it in UTF-8"
-                ) from None
-            room = max_length - 2
             if len(ids) > room:
                 raise ValueError(
                     f"{culprit}: {len(ids)} tokens and only {room} fit; shorten it by "
                     f"{len(ids) - room}. This part would be lost: {self.decode(ids[room:])!r}"
                 )
-            rows[i, : len(ids) + 2] = [START, *ids, END]
+            row[: len(ids) + 2] = [START, *ids, END]
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -90,6 +83,21 @@ class Tokenizer:
         words = symbols.split(_END_OF_WORD)
         text = b" ".join(bytes(bytes_of[symbol] for symbol in word) for word in words)
         return text.decode("utf-8", errors="replace").strip()
+
+
+def named(texts: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
+    """Pairs each text with what errors call it: `name`, or `name[i]` of several.
+
+    Raises:
+        ValueError: a text has a lone surrogate. `encode` would hide it, but nothing can store it.
+    """
+    for i, text in enumerate(texts):
+        culprit = name if len(texts) == 1 else f"{name}[{i}]"
+        if isinstance(text, str) and regex.search(r"\p{Cs}", text):
+            raise ValueError(
+                f"{culprit}: not valid text, {text!r} has a lone surrogate; write it in UTF-8"
+            )
+        yield culprit, text
 
 
 class _Vocabulary(NamedTuple):

@@ -41,6 +41,8 @@ def test_a_loaded_model_computes_what_the_reference_does(tiny_folder):
     text = synth.golden("tiny_text_encoder")
     states = models.text_encoder(text["ids"])
     assert synth.relative_error(states, text["last_hidden_state"]) <= 2e-5
+    states = models.text_encoder.skipping(2)(text["ids"])
+    assert synth.relative_error(states, text["skip2_then_final_norm"]) <= 2e-5
 
     unet = synth.golden("tiny_unet")
     latents = synth.inputs("Atiny_unet/latents0", unet["shape0"])

@@ -36,6 +36,14 @@ def test_the_states_of_a_prefix_are_those_of_the_whole(encoder):
     np.testing.assert_allclose(states(encoder, IDS[:, :5]), states(encoder, IDS)[:, :5], atol=1e-6)
 
 
+def test_one_that_ends_early_shares_the_weights(encoder):
+    np.testing.assert_array_equal(states(encoder.skipping(1), IDS), states(encoder, IDS))
+    early = encoder.skipping(2)
+    assert {id(w) for w in early.weights} < {id(w) for w in encoder.weights}
+    assert len(early.weights) == len(encoder.weights) - 16  # of the last layer
+    assert abs(states(early, IDS) - states(encoder, IDS)).max() > 1e-3
+
+
 FORMULAS = {
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
