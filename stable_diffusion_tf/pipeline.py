@@ -324,7 +324,7 @@ class StableDiffusion:
             sample_posterior: encode `input_image` by a sample of the autoencoder's posterior, drawn
                 from the seed, instead of its mean.
             mask_feather: width, in pixels, over which the repainted part fades in, inwards from the
-                mask's edge; 0: a sharp seam. What is narrower hardly shows.
+                mask's edge; 0: a sharp seam. A mask narrower than twice that hardly shows.
             output: "image": uint8 (B, H, W, 3); "float": the same in [0, 1] float32; "latents":
                 scaled float32 (B, h, w, 4).
             progress: show a progress bar.

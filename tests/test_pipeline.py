@@ -495,12 +495,15 @@ def test_images_are_arrays_or_pictures(small):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16"])
-def test_half_precision_networks_are_stepped_through_in_float32(tiny_model, small, dtype):
+def test_half_precision_networks_are_stepped_through_in_float32(
+    tiny_model, small, photo, mask, dtype
+):
     half = StableDiffusion.from_pretrained(tiny_model, img_height=14, img_width=10, dtype=dtype)
-    settings = {"num_steps": 3, "seed": 0}
-    found = latents(half, PROMPT, **settings)
-    assert found.dtype == half.encode_text(PROMPT).dtype == np.float32
-    assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
+    for given in ({}, {"input_image": photo}, {"input_image": photo, "input_mask": mask}):
+        settings = {"num_steps": 3, "seed": 0, **given}
+        found = latents(half, PROMPT, **settings)
+        assert found.dtype == half.encode_text(PROMPT).dtype == np.float32
+        assert 0 < synth.relative_error(found, latents(small, PROMPT, **settings)) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def test_one_file_is_read_again(tmp_path, models, prediction):
     assert checkpoint.config.schedule.prediction == prediction
     for part in ("text_encoder", "encoder", "decoder"):
         for match in checkpoint.match(part, getattr(models, part).weights):
-            value = match.read().transpose(match.axes)
-            np.testing.assert_array_equal(value, np.asarray(match.variable))
+            found = match.read().transpose(match.axes)
+            np.testing.assert_array_equal(found, np.asarray(match.variable))
 
 
 def test_conversion_refuses_before_it_loads(tmp_path, tiny_folder):

@@ -19,9 +19,10 @@ def test_draws_do_not_depend_on_what_was_drawn_before():
 
 def test_draws_and_seeds_are_independent_unit_normal():
     noise = Noise([0, 1], (64, 64, 4))
-    draws = np.concatenate([noise.start(), noise(0), noise(1)]).reshape(6, -1)
+    draws = [noise.start(), noise(0), noise(1), noise.posterior()]
+    draws = np.concatenate(draws).reshape(8, -1)
     assert draws.dtype == np.float32
-    np.testing.assert_allclose(np.cov(draws), np.eye(6), atol=0.04)
+    np.testing.assert_allclose(np.cov(draws), np.eye(8), atol=0.04)
 
 
 def test_the_same_noise_on_every_machine():
