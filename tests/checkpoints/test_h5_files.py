@@ -167,7 +167,7 @@ def test_a_process_that_fails_costs_only_an_error(path, tmp_path, monkeypatch, c
 
 def test_the_process_imports_nothing_from_where_the_user_is(path, tmp_path, monkeypatch):
     for name in ("h5py", "json", "stable_diffusion_tf"):
-        (tmp_path / f"{name}.py").write_text("open('made', 'w')")
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
     monkeypatch.chdir(tmp_path)
     write(path)
     assert len(open_tensors(path).names) == 2
@@ -180,7 +180,7 @@ def test_the_process_has_little_memory_and_writes_nothing(path, tmp_path, monkey
         "from stable_diffusion_tf.checkpoints import h5_structure\n"
         "h5_structure._limit()\n"
         "try:\n    bytearray(2**29)\nexcept MemoryError:\n"
-        "    try:\n        open('made', 'w').write('x' * 10**6)\n"
+        f"    try:\n        open({str(tmp_path / 'made')!r}, 'w').write('x' * 10**6)\n"
         '    except OSError:\n        print(\'{"error": "neither"}\')\n'
     )
     monkeypatch.chdir(tmp_path)
