@@ -54,8 +54,9 @@ class InOrder:
             found = file.shape(name)
             if not re.search(rf"/{variable.path.rpartition('/')[2]}(:0)?$", name):
                 misfits.append(f"{name} is where {variable.path} should be")
-            elif len(found) != 4 or found[:2] != (1, 1) or found[2:] != shape:
-                misfits += misfit(file, name, shape)
+            else:
+                pointwise = len(shape) == 2 and found == (1, 1, *shape)
+                misfits += misfit(file, name, found if pointwise else shape)
             matches.append(Match(variable, file, name, shape, tuple(range(len(shape)))))
         refuse(
             file,
@@ -75,7 +76,7 @@ def part(file: TensorFile) -> str:
         CheckpointError: none of Stable Diffusion's.
     """
     names = file.names
-    first, last = file.shape(names[0]), file.shape(names[-2])  # the last is a bias
+    first, last = file.shape(names[0]), file.shape(names[-2:][0])  # the last is a bias
     if names[0].endswith("embeddings:0") and len(first) == 2:
         return "text_encoder"
     if len(first) == 2:

@@ -309,6 +309,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: 
     size = size if all(shape) else 0
     if offset + size > storage.count:
         raise PickleError("it describes a tensor that is larger than its storage")
+    # An axis of one element is never stepped along, so that its stride may be anything.
+    strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
     return _Tensor(storage, offset, shape, strides, size)
 
 

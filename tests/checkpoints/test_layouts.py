@@ -99,6 +99,26 @@ def test_keras_files_that_do_not_fit_are_refused_by_weight(tmp_path, tiny_weight
     )
 
 
+def test_keras_kernels_that_are_no_floats_are_refused(tmp_path, tiny_weights, h5_at_once):
+    rows = list(layouts.keras_weights(tiny_weights["vae"], layouts.keras_decoder()))
+    # a dense layer's kernel, stored as that of a 1x1 convolution
+    i = next(i for i, (*_, w) in enumerate(rows) if w.shape == (1, 1, 64, 64))
+    layer, suffix, value = rows[i]
+    rows[i] = layer, suffix, value.astype(np.float64).view("V8")
+    layouts.write_h5(tmp_path / "decoder.h5", rows, functional=False)
+    variables = layouts.variables("decoder", tiny_weights["vae"])
+    checkpoint = open_checkpoint({"decoder": tmp_path / "decoder.h5"}, config=TINY)
+    with pytest.raises(CheckpointError, match=r"kernel:0 is \|V8, not floats"):
+        checkpoint.match("decoder", variables)
+
+
+def test_a_keras_file_of_one_weight_is_no_network(tmp_path, h5_at_once):
+    path = tmp_path / "one.h5"
+    layouts.write_h5(path, [("dense", "kernel", np.ones((1, 2, 3)))], functional=False)
+    with pytest.raises(CheckpointError, match="no network of Stable Diffusion"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("text", [layouts.clip, layouts.open_clip], ids=["CLIP", "OpenCLIP"])
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 def test_single_files_load(tmp_path, tiny_weights, text, kind):

@@ -81,6 +81,15 @@ def test_tensors_may_share_a_storage(tmp_path):
     np.testing.assert_array_equal(open_tensors(path).read("b"), np.zeros(5))
 
 
+def test_an_axis_of_one_element_may_have_any_stride(tmp_path):
+    path = tmp_path / "far.pt"
+    far = tensor("<f4", "0", (1, 2), strides=(2**31 - 1, 1)).replace(
+        integer(2**31 - 1), b"\x8a\x08" + (2**63 - 1).to_bytes(8, "little")
+    )
+    path.write_bytes(archive(table(text("a") + far), {"0": np.ones(2, np.float32).tobytes()}))
+    np.testing.assert_array_equal(open_tensors(path).read("a"), [[1, 1]])
+
+
 def test_the_trainer_s_notes_are_not_rebuilt(tmp_path):
     """As in CompVis's own files: a class for a key, a NumPy number, an old string."""
     note = said("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
