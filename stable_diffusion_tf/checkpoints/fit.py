@@ -118,9 +118,17 @@ class Match:
         """The tensor in the variable's dtype; `axes` are still to be put in the variable's order.
 
         Raises:
-            CheckpointError: it has a NaN or an infinity, as stored or in the variable's dtype.
+            CheckpointError: it cannot be read; or it has a NaN or an infinity, as stored or in the
+                variable's dtype.
         """
-        tensor = self.file.read(self.name).reshape(self.pieces, *self.shape)[self.piece]
+        try:
+            tensor = self.file.read(self.name).reshape(self.pieces, *self.shape)[self.piece]
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, OverflowError) as error:  # whatever a hostile file leads to
+            raise CheckpointError(
+                f"{self.file.path}: {self.name} cannot be read: {error}"
+            ) from error
         with np.errstate(over="ignore"):
             value = tensor.astype(self.variable.dtype, copy=False)
         if not np.isfinite(value).all():

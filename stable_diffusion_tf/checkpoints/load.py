@@ -1,11 +1,13 @@
 """A source -> filled models. Total: every variable filled, every tensor used or ignored by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import keras
 from keras import ops
+from keras.src.backend.common import global_state
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Match
@@ -13,6 +15,7 @@ from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 
+NOTED = "uninitialized_variables"  # Keras's own name for them
 MODELS = {
     "text_encoder": lambda config, dtype: TextEncoder(config.text_encoder, dtype=dtype),
     "unet": lambda config, dtype: UNet(config.unet, dtype=dtype),
@@ -42,6 +45,8 @@ def load_parts(
 ) -> dict[str, keras.Model]:
     """Build some networks; then fill them, once all the tensors are known to fit.
 
+    What fails leaves nothing behind, in memory or in Keras.
+
     Args:
         source: as of `open_checkpoint`, or what it gave.
         parts: of "text_encoder", "unet", "encoder" and "decoder".
@@ -53,34 +58,41 @@ def load_parts(
             over or of the wrong shape, all listed before any is read; or one is not finite.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
-    found: dict[int, Match] = {}  # by variable
-    problems: list[str] = []
-    with keras.StatelessScope():  # which makes the variables' first values at its end
+    with _without_values():
         models = {part: build_part(checkpoint.config, part, dtype) for part in parts}
-        for variable in (v for model in models.values() for v in model.weights):
-            variable._initializer = partial(_first_value, found, problems, id(variable))
-        for part, model in models.items():
-            try:
-                found |= {id(m.variable): m for m in checkpoint.match(part, model.weights)}
-            except CheckpointError as error:
-                problems.append(str(error))
+    matches: list[Match] = []
+    problems: list[str] = []
+    for part, model in models.items():
+        try:
+            matches += checkpoint.match(part, model.weights)
+        except CheckpointError as error:
+            problems.append(str(error))
     if problems:
         raise CheckpointError("\n".join(problems))
+    for match in matches:
+        match.variable._initializer = partial(_first_value, match)
+        match.variable._deferred_initialize()
     return models
 
 
-def _first_value(found: dict[int, Match], problems: list[str], variable: int, shape, dtype):
-    """A Keras initializer that reads a variable's tensor, or gives zeros where there are problems.
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Variables made in it have no values and take no memory, until each is given its own.
 
-    Random values that are then replaced would cost as much time as reading, and more memory. What
-    is wrong is added to `problems`: raised here, it would leave Keras in the middle of its work.
+    Random values that are then replaced would cost as much time as reading, and more memory. Keras
+    notes the variables, to make their values at the end of whatever scope comes next; not ours.
     """
-    if variable in found and not problems:
-        try:
-            return ops.transpose(found[variable].read(), found[variable].axes)
-        except (CheckpointError, OSError) as error:
-            problems.append(str(error))
-    return ops.zeros(shape, dtype)
+    noted = list(global_state.get_global_attribute(NOTED, []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(NOTED, noted)
+
+
+def _first_value(match: Match, shape, dtype):
+    """A Keras initializer that reads a variable's tensor."""
+    return ops.transpose(match.read(), match.axes)
 
 
 def load(source: Source, dtype: str | None = None) -> Models:

@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import keras
 import layouts
 import ml_dtypes
 import numpy as np
@@ -11,8 +13,13 @@ from tiny import FILES, TINY
 
 from stable_diffusion_tf.checkpoints import catalog
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+from stable_diffusion_tf.checkpoints.hub import DownloadError
 from stable_diffusion_tf.checkpoints.load import MODELS, load, load_parts
-from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
+from stable_diffusion_tf.checkpoints.readers import (
+    CheckpointError,
+    SafetensorsFile,
+    save_safetensors,
+)
 
 
 def rewrite(folder, part, tensors):
@@ -163,6 +170,59 @@ def test_a_tensor_with_two_names_is_left_over(tiny_folder, tiny_weights):
     rewrite(tiny_folder, "text_encoder", text)
     with pytest.raises(CheckpointError, match=r"not part of the model: \S*final_layer_norm\.bias"):
         load_part(tiny_folder, "text_encoder")
+
+
+def nothing_is_left(variables):
+    """No variable has a value; nor does one get it at the end of Keras's next scope."""
+    with keras.StatelessScope():
+        pass
+    return all(variable._value is None for variable in variables)
+
+
+def test_what_cannot_be_fetched_costs_no_memory(tiny_folder):
+    asked = []
+
+    def fails(variables):
+        asked.extend(variables)
+        raise DownloadError("no network")
+
+    checkpoint = open_checkpoint(tiny_folder)
+    broken = replace(checkpoint, parts={**checkpoint.parts, "decoder": fails})
+    with pytest.raises(DownloadError, match="no network"):
+        load_parts(broken, ["encoder", "decoder"])
+    assert asked
+    assert nothing_is_left(asked)
+    load_part(checkpoint, "decoder")
+
+
+def test_fetching_is_not_inside_keras_s_scope(tiny_folder):
+    checkpoint = open_checkpoint(tiny_folder)
+
+    def match(variables):
+        keras.Variable(np.zeros(2))  # which is an error in the scope
+        return checkpoint.match("decoder", variables)
+
+    load_part(replace(checkpoint, parts={"decoder": match}), "decoder")
+
+
+@pytest.mark.parametrize("error", [ValueError, OverflowError, OSError])
+def test_a_tensor_that_cannot_be_read_is_named(tiny_folder, monkeypatch, error):
+    asked = []
+    checkpoint = open_checkpoint(tiny_folder)
+
+    def match(variables):
+        asked.extend(variables)
+        return checkpoint.match("decoder", variables)
+
+    def fails(file, name):
+        raise error("too odd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsFile, "read", fails)
+        with pytest.raises(CheckpointError, match=r"safetensors: .*conv.* cannot be read: too odd"):
+            load_part(replace(checkpoint, parts={"decoder": match}), "decoder")
+    assert nothing_is_left(asked)
+    load_part(checkpoint, "decoder")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
