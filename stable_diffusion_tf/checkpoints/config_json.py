@@ -145,8 +145,12 @@ class Fields:
         return values[0]
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, name: str | None = None) -> ModelConfig:
     """The config of the model in a diffusers-style folder.
+
+    Args:
+        folder: what has a `model_index.json`.
+        name: the model's, if the index does not say it; None: the folder's.
 
     Raises:
         CheckpointError: it is another architecture, its parts do not fit together, or a file is
@@ -175,7 +179,7 @@ def read_config(folder: Path) -> ModelConfig:
     if type(guidance) not in (int, float) or not math.isfinite(guidance):
         index.refuse(OURS, "a finite guidance in it")
     return ModelConfig(
-        name=str(ours.get("name", folder.resolve().name)),
+        name=str(ours.get("name", name or folder.resolve().name)),
         text_encoder=text_encoder,
         unet=unet,
         autoencoder=autoencoder,

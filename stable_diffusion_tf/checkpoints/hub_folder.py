@@ -56,7 +56,7 @@ class HubFolder:
         for name in (*JSON_FILES, *TOKENIZER_FILES):
             if name in self._names:
                 fetch(replace(self._file, name=name))
-        self.config = read_config(path.parent)
+        self.config = read_config(path.parent, name=repo)
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
         """As of `Checkpoint`; DownloadError when the part's weights cannot be had."""

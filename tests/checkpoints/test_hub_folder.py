@@ -46,6 +46,13 @@ def test_a_repository_is_fetched_part_by_part(hub, tiny_repo):
     assert {file.name for file in stored_files(REPO)} == {*hub.downloads()}
 
 
+def test_a_repository_s_name_is_its_model_s_unless_it_says_another(hub, tiny_repo):
+    index = json.loads(tiny_repo["model_index.json"])
+    del index["_stable_diffusion_tf"]
+    tiny_repo["model_index.json"] = json.dumps(index).encode()
+    assert open_checkpoint(REPO).config.name == REPO
+
+
 def test_shards_are_fetched_with_their_index(hub, tiny_repo):
     tensors = ["a.safetensors", "b.safetensors"]
     tiny_repo |= {f"unet/{name}": name.encode() for name in tensors}
