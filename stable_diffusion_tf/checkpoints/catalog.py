@@ -18,6 +18,7 @@ from stable_diffusion_tf.checkpoints.local import (
     open_parts,
     open_path,
     open_vae,
+    refuse_options,
 )
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import SD_1, SD_2_BASE, ModelConfig
@@ -175,15 +176,15 @@ def open_checkpoint(
             taken as "epsilon" unless they or a `.yaml` beside them say otherwise: tensors cannot.
         vae: a file, or a folder with one, whose encoder and decoder are taken instead.
         ema: take the UNet's moving average where a single file has both.
-        variant: such as "fp16": which weights of a local diffusers folder to take.
+        variant: such as "fp16": which weights of a diffusers folder or repository to take.
 
     Raises:
         FileNotFoundError: the folder lacks files; all of them are named.
         CheckpointError: there is no such source; or a file is damaged, unsupported or something
             else, which is named.
         DownloadError: a file cannot be fetched.
-        ValueError: `prediction` or a network's name is none of the above; or a config is given for
-            what has one of its own.
+        ValueError: `prediction` or a network's name is none of the above; a config is given for
+            what has one of its own; or `ema` or `variant` for what has no such thing.
     """
     if prediction not in (None, "epsilon", "v"):
         raise ValueError(f"prediction must be 'epsilon' or 'v', not {prediction!r}")
@@ -213,11 +214,13 @@ def _open(
     variant: str | None,
 ) -> Checkpoint:
     if isinstance(source, Mapping):
+        refuse_options("files by network", variant=variant)
         return open_parts(source, config, prediction, ema)
     if isinstance(source, str) and source in PRESETS:
         preset = PRESETS[source]
         if preset.config is None:
-            return open_path(preset_folder(source))
+            return open_path(preset_folder(source), ema=ema, variant=variant)
+        refuse_options(source, ema=ema, variant=variant)
         return Checkpoint(
             preset.config,
             {
@@ -230,8 +233,10 @@ def _open(
         return open_path(path, config, prediction, ema, variant)
     if (file := hub_file(source)) is not None:
         if file.name:
+            refuse_options(source, variant=variant)
             return open_path(fetch(file), config, prediction, ema)
-        folder = HubFolder(file.repo)
+        refuse_options(source, ema=ema)
+        folder = HubFolder(file.repo, variant)
         return Checkpoint(folder.config, {part: partial(folder.match, part) for part in PARTS})
     raise CheckpointError(
         f"Unknown weights {str(source)!r}: no preset, no folder or file, and no name of a "

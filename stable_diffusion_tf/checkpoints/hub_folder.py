@@ -28,13 +28,17 @@ class HubFolder:
     All files are of one commit, the one that "main" is on opening. When the hub cannot be reached,
     it is the one that "main" was when the cache last saw it.
 
+    Args:
+        repo: "owner/name".
+        variant: which weights to take, as of `diffusers.open_folder`.
+
     Raises:
         FileNotFoundError: the repository lacks files; all of them are named.
         CheckpointError: it is not in the diffusers layout, or of another architecture.
         DownloadError: a file cannot be fetched.
     """
 
-    def __init__(self, repo: str):
+    def __init__(self, repo: str, variant: str | None = None):
         index = HubFile(repo, JSON_FILES[0])
         try:
             self._names, license = list_files(repo)
@@ -46,13 +50,14 @@ class HubFolder:
             if index.name not in self._names:
                 raise CheckpointError(f"{repo} {_not_the_layout(repo, self._names)}")
             path, unreachable = fetch(index), None
-        if missing := missing_files(self._names.__contains__):
+        if missing := missing_files(self._names.__contains__, variant):
             raise unreachable or FileNotFoundError(
                 f"{repo} is not a whole model in the diffusers layout: it lacks "
                 f"{', '.join(missing)}."
             )
         self._file = replace(index, revision=path.parent.name)
         self._license = license or "none named there"
+        self._variant = variant
         for name in (*JSON_FILES, *TOKENIZER_FILES):
             if name in self._names:
                 fetch(replace(self._file, name=name))
@@ -64,7 +69,7 @@ class HubFolder:
 
     def fetch(self, part: str) -> Path:
         """The file of a part's weights; of weights in shards, their index."""
-        path = self._fetch(find_weights(part, self._names.__contains__))
+        path = self._fetch(find_weights(part, self._names.__contains__, self._variant))
         if path.suffix == ".json":
             places = read_json(path).get("weight_map")  # what is wrong with it shows on opening
             shards = set(map(str, places.values())) if isinstance(places, dict) else ()

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion_tf.checkpoints import keras_h5
+from stable_diffusion_tf.checkpoints import compvis, keras_h5
 from stable_diffusion_tf.checkpoints.config_json import PREDICTIONS
 from stable_diffusion_tf.checkpoints.diffusers import ENDINGS, FILES, find_weights, open_folder
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Part
@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 
 PARTS = ("text_encoder", "unet", "encoder", "decoder")
 MAX_YAML = 2**20  # bytes
+OPTIONS = {
+    "ema": "a single CompVis file can hold the UNet's moving average beside its weights",
+    "variant": "a folder or a repository in the diffusers layout has variants",
+}
 
 
 def open_path(
@@ -32,7 +36,8 @@ def open_path(
 ) -> Checkpoint:
     """Open a folder or a single file. Arguments and errors as of `catalog.open_checkpoint`."""
     if path.is_dir():
-        return _open_folder(path, config, prediction, variant)
+        return _open_folder(path, config, prediction, ema, variant)
+    refuse_options(path, variant=variant)
     return _open_files({None: path}, path.stem, config, prediction, ema)
 
 
@@ -48,12 +53,27 @@ def open_parts(
     return _open_files(dict(paths), "files", config, prediction, ema)
 
 
+def refuse_options(source: Any, **options: Any) -> None:
+    """Raises ValueError if one is given of `OPTIONS`, which mean nothing for this source."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(
+                f"`{name}` means nothing for {source}: only {OPTIONS[name]}. Leave it out."
+            )
+
+
 def _open_folder(
-    folder: Path, config: ModelConfig | None, prediction: str | None, variant: str | None
+    folder: Path,
+    config: ModelConfig | None,
+    prediction: str | None,
+    ema: bool,
+    variant: str | None,
 ) -> Checkpoint:
     """A folder in the diffusers layout, or one of h5 files with a network each."""
     if any((folder / name).exists() for name in ("model_index.json", "unet", "text_encoder")):
+        refuse_options(folder, ema=ema)
         return open_folder(folder, variant)
+    refuse_options(folder, variant=variant)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     h5 = {path: open_tensors(path) for path in files if _begins_with(path, H5_MAGIC)}
     if not h5:
@@ -71,7 +91,7 @@ def _open_folder(
                 f"to take by network, {{{part!r}: …, …}}."
             )
         paths[part] = path
-    return _open_files(paths, folder.resolve().name, config, prediction, ema=False)
+    return _open_files(paths, folder.resolve().name, config, prediction, ema)
 
 
 def _open_files(
@@ -84,6 +104,8 @@ def _open_files(
     """Files by the network to take from each; None: all that it holds."""
     files = {part: open_tensors(path) for part, path in paths.items()}
     layouts = {part: find_layout(file) for part, file in files.items()}
+    if not any(layout.tables is compvis.tables for layout in layouts.values()):
+        refuse_options(", ".join(str(file.path) for file in files.values()), ema=ema)
     if prediction is None:
         said = (_prediction(file) for file in files.values())
         prediction = next(filter(None, said), None)

@@ -53,6 +53,15 @@ def test_a_repository_s_name_is_its_model_s_unless_it_says_another(hub, tiny_rep
     assert open_checkpoint(REPO).config.name == REPO
 
 
+def test_a_variant_of_a_repository_is_fetched(hub, tiny_repo):
+    with pytest.raises(FileNotFoundError, match=r"it lacks text_encoder/model\.fp16\.safetensors"):
+        open_checkpoint(REPO, variant="fp16")
+    for name in FILES.values():
+        tiny_repo[name.replace(".safetensors", ".fp16.safetensors")] = tiny_repo[name]
+    assert open_checkpoint(REPO, variant="fp16").config == TINY
+    assert HubFolder(REPO, "fp16").fetch("unet").name == "diffusion_pytorch_model.fp16.safetensors"
+
+
 def test_shards_are_fetched_with_their_index(hub, tiny_repo):
     tensors = ["a.safetensors", "b.safetensors"]
     tiny_repo |= {f"unet/{name}": name.encode() for name in tensors}

@@ -210,6 +210,26 @@ def test_a_variant_is_taken_when_asked_for(tiny_folder, tiny_weights):
         open_checkpoint(tiny_folder, variant="non_ema")
 
 
+def test_an_option_without_a_meaning_is_refused(tmp_path, tiny_model, tiny_weights, h5_at_once):
+    save_safetensors(layouts.compvis(tiny_weights), tmp_path / "file")
+    by_network = layouts.write_keras(tmp_path / "h5", tiny_weights, functional=True)
+    for source, option in (
+        ("sd-v1-4-keras", "ema"),
+        ("sd-v1-4-keras", "variant"),
+        ("someone/model", "ema"),
+        ("someone/model/file.ckpt", "variant"),
+        (tiny_model, "ema"),
+        (tmp_path / "file", "variant"),
+        (tmp_path / "h5", "ema"),
+        (tmp_path / "h5", "variant"),
+        (by_network, "ema"),
+        (by_network, "variant"),
+        ({"unet": tiny_model / FILES["unet"]}, "ema"),
+    ):
+        with pytest.raises(ValueError, match=f"`{option}` means nothing for .* Leave it out"):
+            open_checkpoint(source, config=TINY, **{option: "fp16"})
+
+
 def shapes(context, channels):
     name = "model.diffusion_model."
     return Named(
