@@ -298,7 +298,8 @@ def convert(source: str, target: Path, dtype: str, vae: str | None, prediction: 
     """Write the model SOURCE to TARGET, for diffusers and others to open.
 
     TARGET is a new folder in the diffusers layout; or, if it ends in .safetensors, one new file
-    with the original Stable Diffusion's names, as most other programs read.
+    with the original Stable Diffusion's names, as most other programs read. Such a file has no
+    config: it is only for models whose config is a published one.
 
     \b
     Examples:

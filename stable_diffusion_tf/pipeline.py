@@ -211,11 +211,12 @@ class StableDiffusion:
 
         Raises:
             FileExistsError: there is something at `target`.
-            ValueError: unknown dtype, or kind of file; or a weight is not finite in the dtype.
+            ValueError: unknown dtype, or kind of file; a single file of a model whose config is no
+                published one; or a weight is not finite in the dtype.
             FileNotFoundError, CheckpointError, DownloadError: networks that were not used yet
                 cannot be loaded.
         """
-        check_target(target, dtype)
+        check_target(target, dtype, self.config)
         self._need(*MODELS)
         save(Models(self.config, **self._networks), target, dtype)
 

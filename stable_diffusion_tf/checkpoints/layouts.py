@@ -90,7 +90,7 @@ def find_config(files: Iterable[TensorFile], prediction: str | None) -> ModelCon
     Raises:
         CheckpointError: there is none.
     """
-    base, channels = SD_1, SD_1.unet.in_channels
+    width, channels = SD_1.unet.context_width, SD_1.unet.in_channels
     for file in files:
         context, inputs = _sizes(file)
         if context is not None and context not in BASES:
@@ -103,8 +103,20 @@ def find_config(files: Iterable[TensorFile], prediction: str | None) -> ModelCon
             raise CheckpointError(
                 f"{file.path} takes {inputs} channels: it is {what}, which is not read."
             )
-        base = BASES.get(context, base)
+        width = context or width
         channels = inputs or channels
+    return published(width, channels, prediction)
+
+
+def published(context: int, channels: int, prediction: str | None) -> ModelConfig:
+    """The model that files of these sizes are taken for; KeyError if there is none.
+
+    Args:
+        context: width of the text encoder's states, a key of `BASES`.
+        channels: of the UNet's input, a key of `INPUTS`.
+        prediction: what the UNet predicts, if anything says it.
+    """
+    base = BASES[context]
     if base is SD_2_BASE and prediction == "v" and channels == SD_2.unet.in_channels:
         base = SD_2
     return replace(

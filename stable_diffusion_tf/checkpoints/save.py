@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 from stable_diffusion_tf.checkpoints import compvis, diffusers
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.config_json import write_config
-from stable_diffusion_tf.checkpoints.fit import Table
+from stable_diffusion_tf.checkpoints.fit import LISTED, Table
+from stable_diffusion_tf.checkpoints.layouts import BASES, INPUTS, published
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
-from stable_diffusion_tf.config import ModelConfig
+from stable_diffusion_tf.config import SD_1, ModelConfig
 from stable_diffusion_tf.files import atomic_path
 from stable_diffusion_tf.tokenizer import vocabulary_files
 
@@ -40,12 +42,13 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float16") -> N
 
     Raises:
         FileExistsError: there is something at `target`.
-        ValueError: unknown dtype, or kind of file; or a weight is not finite in the dtype.
+        ValueError: unknown dtype, or kind of file; a single file of a model whose config is no
+            published one; or a weight is not finite in the dtype.
     """
     target = Path(target)
-    check_target(target, dtype)
+    check_target(target, dtype, models.config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write = _write_file if target.suffix == FILE else _write_folder
+    write = write_file if target.suffix == FILE else write_folder
     with atomic_path(target) as temporary:
         write(models, temporary, dtype)
 
@@ -56,11 +59,12 @@ def convert(
     """Load `source` and save it. Arguments and errors as of `open_checkpoint` and `save`."""
     check_target(target, dtype)
     checkpoint = open_checkpoint(source, **options)
+    check_target(target, dtype, checkpoint.config)
     save(Models(checkpoint.config, **load_parts(checkpoint, MODELS, "float32")), target, dtype)
 
 
-def check_target(target: str | os.PathLike, dtype: str) -> None:
-    """Raises, before any work, what `save` would."""
+def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | None = None) -> None:
+    """Raises, before any work, what `save` would; of a `config`, once it is known."""
     target = Path(target)
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists. Name another target, or move it away.")
@@ -70,6 +74,31 @@ def check_target(target: str | os.PathLike, dtype: str) -> None:
         )
     if dtype not in DTYPES:
         raise ValueError(f"Weights are saved as {', '.join(DTYPES)}, not {dtype!r}.")
+    if config is not None and target.suffix == FILE and (lost := _lost(config)):
+        raise ValueError(
+            f"{target}: a single file has no config, and is read as a published model. This one "
+            f"has {', '.join(lost[:LISTED])}{', …' if len(lost) > LISTED else ''} instead. Name a "
+            "folder, which keeps it all."
+        )
+
+
+def _lost(config: ModelConfig) -> list[str]:
+    """What differs from the config that a single file of this model's tensors is read with."""
+    unet = config.unet
+    context = unet.context_width if unet.context_width in BASES else SD_1.unet.context_width
+    channels = unet.in_channels if unet.in_channels in INPUTS else SD_1.unet.in_channels
+    prediction = config.schedule.prediction  # which the file says
+    said = _values(published(context, channels, prediction)) | {"schedule.prediction": prediction}
+    return [f"{key} = {value}" for key, value in _values(config).items() if value != said[key]]
+
+
+def _values(config: ModelConfig) -> dict[str, Any]:
+    """All that a config says but its name, which a file has of its own: {"unet.widths": …}."""
+    values = {}
+    for part, said in asdict(replace(config, name="")).items():
+        fields = said if isinstance(said, dict) else {"": said}
+        values |= {f"{part}.{key}".rstrip("."): value for key, value in fields.items()}
+    return values
 
 
 def export(
@@ -89,7 +118,8 @@ def export(
     return {name: np.concatenate(values) for name, values in pieces.items()}
 
 
-def _write_folder(models: Models, folder: Path, dtype: str) -> None:
+def write_folder(models: Models, folder: Path, dtype: str) -> None:
+    """A folder in the diffusers layout, with config and tokenizer."""
     texts = {
         name: json.dumps(values, indent=2) + "\n"
         for name, values in write_config(models.config).items()
@@ -106,7 +136,8 @@ def _write_folder(models: Models, folder: Path, dtype: str) -> None:
         save_safetensors(tensors, folder / (stem + FILE), {"format": "pt"})
 
 
-def _write_file(models: Models, path: Path, dtype: str) -> None:
+def write_file(models: Models, path: Path, dtype: str) -> None:
+    """One safetensors file by CompVis's names, of any config."""
     tensors = {}
     for part, table in _compvis_tables(models.config).items():
         for name, tensor in export(part, getattr(models, part), dtype, table).items():

@@ -1,4 +1,5 @@
 import os
+import re
 from dataclasses import replace
 
 import keras
@@ -8,9 +9,12 @@ import synth
 from safetensors.numpy import load_file
 from tiny import FILES, TINY
 
+from stable_diffusion_tf import pipeline
+from stable_diffusion_tf.checkpoints import save as checkpoints_save
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
-from stable_diffusion_tf.checkpoints.save import convert, save
+from stable_diffusion_tf.checkpoints.save import check_target, convert, save, write_file
+from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 from stable_diffusion_tf.tokenizer import Tokenizer
 
 
@@ -88,7 +92,7 @@ def files(folder):
 
 
 def test_one_file_has_the_original_s_names(tmp_path, models, tiny_weights):
-    save(models, tmp_path / "saved.safetensors", dtype="float32")
+    write_file(models, tmp_path / "saved.safetensors", dtype="float32")
 
     saved = load_file(tmp_path / "saved.safetensors")
     assert len(saved) == sum(len(weights) for weights in tiny_weights.values())
@@ -98,7 +102,7 @@ def test_one_file_has_the_original_s_names(tmp_path, models, tiny_weights):
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_one_file_is_read_again(tmp_path, models, prediction):
     schedule = replace(TINY.schedule, prediction=prediction)
-    save(
+    write_file(
         replace(models, config=replace(TINY_2, schedule=schedule)),  # OpenCLIP's names
         tmp_path / "saved.safetensors",
         dtype="float32",
@@ -109,6 +113,59 @@ def test_one_file_is_read_again(tmp_path, models, prediction):
         for match in checkpoint.match(part, getattr(models, part).weights):
             found = match.read().transpose(match.axes)
             np.testing.assert_array_equal(found, np.asarray(match.variable))
+
+
+V = replace(SD_1.schedule, prediction="v")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SD_1,
+        SD_1_INPAINT,
+        SD_2_BASE,
+        SD_2,
+        replace(SD_1, schedule=V),
+        replace(SD_2_BASE, unet=replace(SD_2_BASE.unet, in_channels=9), schedule=V),
+    ],
+)
+def test_a_published_model_may_be_one_file(tmp_path, config):
+    check_target(tmp_path / "new.safetensors", "float32", replace(config, name="of my own"))
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        (replace(SD_1, guidance=3.0), "guidance = 3.0"),
+        (replace(SD_1, image_size=768), "image_size = 768"),
+        (replace(SD_2_BASE, schedule=V), "image_size = 512"),  # it would be taken for SD_2
+        (replace(SD_1, schedule=replace(V, zero_terminal_snr=True)), "zero_terminal_snr = True"),
+        (replace(SD_1, schedule=replace(V, spacing="trailing")), "schedule.spacing = trailing"),
+        (replace(SD_1, schedule=replace(V, beta_end=0.02)), "schedule.beta_end = 0.02"),
+        (replace(SD_1, autoencoder=replace(SD_1.autoencoder, scale=1.0)), "autoencoder.scale = 1"),
+        (replace(SD_1, unet=replace(SD_1.unet, heads=(4,) * 4)), "unet.heads = (4, 4, 4, 4)"),
+        (TINY, "text_encoder.width = 32"),
+    ],
+)
+def test_what_one_file_cannot_say_is_refused(tmp_path, config, lost):
+    with pytest.raises(ValueError, match=re.escape(lost)):
+        check_target(tmp_path / "new.safetensors", "float32", config)
+    check_target(tmp_path / "new", "float32", config)
+
+
+def test_what_one_file_cannot_say_is_refused_before_weights_are_read(
+    tmp_path, tiny_folder, monkeypatch
+):
+    def unexpected(*_):
+        raise AssertionError("weights are read")
+
+    for module in (pipeline, checkpoints_save):
+        monkeypatch.setattr(module, "load_parts", unexpected)
+    target = tmp_path / "new.safetensors"
+    with pytest.raises(ValueError, match="Name a folder, which keeps it all"):
+        convert(tiny_folder, target)
+    with pytest.raises(ValueError, match="Name a folder, which keeps it all"):
+        pipeline.StableDiffusion.from_pretrained(tiny_folder).save_pretrained(target)
 
 
 def test_conversion_refuses_before_it_loads(tmp_path, tiny_folder):
@@ -147,7 +204,7 @@ def test_diffusers_opens_what_is_saved(tmp_path, config, target):
     if target == "saved":
         theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     else:
-        save(models, tmp_path / target, dtype="float32")
+        write_file(models, tmp_path / target, dtype="float32")
         theirs = StableDiffusionPipeline.from_single_file(
             str(tmp_path / target), config=str(tmp_path / "saved"), local_files_only=True
         )
