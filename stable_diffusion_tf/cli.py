@@ -237,10 +237,18 @@ def generate(
             "eta": eta,
             "rescale": rescale,
             "dtype": dtype,
-            "model": sd.config.name,
+            "model": readable(sd.config.name),
+            "weights": readable(weights),
+            "vae": readable(vae),
+            "prediction": prediction,
         }
         if image is not None:
-            settings |= {"image": image, "mask": mask, "strength": strength, "feather": feather}
+            settings |= {
+                "image": readable(image),
+                "mask": readable(mask),
+                "strength": strength,
+                "feather": feather,
+            }
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for i, prompt in enumerate(prompts):
             its_seeds = seeds[i * batch : (i + 1) * batch]
@@ -269,6 +277,11 @@ def generate(
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
                 if not quiet:
                     click.echo(f"seed {seed}", err=True)
+
+
+def readable(name: str | None) -> str | None:
+    """A file's name as text that a PNG can store, whatever bytes it has."""
+    return name and os.fsencode(name).decode("utf-8", "replace")
 
 
 def read_prompts(file: TextIO | None) -> tuple[str, ...]:

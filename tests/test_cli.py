@@ -76,7 +76,7 @@ def test_pictures_are_drawn_over_pictures(sdtf, tiny_model):
     assert (made["image"], made["mask"], made["strength"]) == ("photo.png", "mask.png", 0.6)
 
 
-def test_the_png_says_how_to_draw_it_again(sdtf):
+def test_the_png_says_how_to_draw_it_again(sdtf, tiny_model):
     choices = ("--sampler", "euler_ancestral", "--clip-skip", "2", "--rng", "torch", "--literal")
     first = sdtf("a (cat)", "--steps", "3", "--size", "20x14", *choices)
     with Image.open("outputs/a-cat.png") as image:
@@ -98,6 +98,9 @@ def test_the_png_says_how_to_draw_it_again(sdtf):
         "rescale": 0.0,
         "dtype": "float32",
         "model": "tiny",
+        "weights": str(tiny_model),
+        "vae": None,
+        "prediction": None,
     }
     options = ("steps", "size", "sampler", "guidance", "clip_skip", "rng", "seed")
     again = [f"--{name.replace('_', '-')}={settings[name]}" for name in options]
@@ -105,6 +108,16 @@ def test_the_png_says_how_to_draw_it_again(sdtf):
     np.testing.assert_array_equal(pixels("outputs/a-cat.png"), pixels("outputs/a-cat-1.png"))
     sdtf("a (cat)", *again)
     assert (pixels("outputs/a-cat.png") != pixels("outputs/a-cat-2.png")).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_picture_s_name_may_be_any_bytes(sdtf):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (16, 16)).save(name)
+    result = sdtf("a cat", "--image", name, "--steps", "1")
+    assert result.exit_code == 0, result.output
+    with Image.open("outputs/a-cat.png") as image:
+        assert json.loads(image.text["stable_diffusion_tf"])["image"] == "caf\ufffd.png"
 
 
 def test_prompts_of_a_file_come_after_those_given(sdtf, tmp_path):

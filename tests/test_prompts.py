@@ -159,3 +159,8 @@ def test_emphasis_multiplies_states_and_restores_their_mean():
     np.testing.assert_array_equal(emphasised(states, (1.0, 1.0)), states)
     assert emphasised(states, (1.0, 2.0)).dtype == np.float32
     np.testing.assert_array_equal(emphasised(0 * states, (1.0, 2.0)), 0 * states)
+
+
+def test_a_long_number_takes_no_longer_than_its_length():
+    prompt = ":" + "1" * 200_000  # minutes, where digits could be divided in every way
+    assert parse(prompt) == [[(prompt, 1)]]

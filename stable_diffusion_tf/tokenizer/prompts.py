@@ -27,7 +27,7 @@ LARGEST = 100.0  # weight: more, or a deeper nest of brackets, is a slip
 
 _SYNTAX = re.compile(
     r"""\\ (?P<escaped> [\\()\[\]] )
-    | : \s* (?P<factor> [+-]? (?: [0-9]+ \.? [0-9]* | \.[0-9]+ ) ) \s* \)
+    | : \s* (?P<factor> [+-]? (?: [0-9]+ (?: \. [0-9]* )? | \.[0-9]+ ) ) \s* \)
     | [()\[\]]
     | (?P<break> \bBREAK\b )
     | (?: (?! \bBREAK\b ) [^\\()\[\]:] )+ | .""",
