@@ -22,7 +22,7 @@ EDITS = (  # drawn first, then drawn over it, seed
 @click.option("--output", default="outputs", show_default=True, type=Path, help="A folder.")
 def main(weights: str, output: Path) -> None:
     sd = StableDiffusion.from_pretrained(weights)
-    lower_half = np.arange(sd.img_height)[:, None] > np.full(sd.img_width, sd.img_height / 2)
+    lower_half = np.indices((sd.img_height, sd.img_width))[0] >= sd.img_height / 2
     pictures, labels = [], []
     for before, after, seed in EDITS:
         (first,) = sd.generate(before, seed=seed)
