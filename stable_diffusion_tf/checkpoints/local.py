@@ -19,7 +19,7 @@ from stable_diffusion_tf.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-PARTS = ("text_encoder", "unet", "encoder", "decoder")
+PARTS = tuple(FILES)  # the networks
 MAX_YAML = 2**20  # bytes
 OPTIONS = {
     "ema": "a single CompVis file can hold the UNet's moving average beside its weights",
