@@ -9,7 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stable_diffusion_tf.checkpoints.readers import MAX_RANK, CheckpointError, regular_file
+from stable_diffusion_tf.checkpoints.readers import (
+    MAX_RANK,
+    CheckpointError,
+    read_values,
+    regular_file,
+)
 
 SECONDS = 60  # for a process that computes for 4, on a machine that is busy
 STRUCTURE = "stable_diffusion_tf.checkpoints.h5_structure"
@@ -62,11 +67,7 @@ class H5File:
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         dtype, shape, offset = self._places[name]
-        count = math.prod(shape)
-        values = np.fromfile(self.path, dtype, count, offset=offset)
-        if values.size != count:
-            raise CheckpointError(f"{self.path} was cut short while it was read.")
-        return values.reshape(shape)
+        return read_values(self.path, dtype, math.prod(shape), offset).reshape(shape)
 
 
 def read_structure(path: Path) -> dict:

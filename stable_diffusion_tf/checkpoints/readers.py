@@ -99,12 +99,21 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         entry = self._entries[name]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            data = np.fromfile(file, np.uint8, entry.size)
-        if data.size != entry.size:
-            raise CheckpointError(f"{self.path} was cut short while it was read.")
-        return data.view(entry.dtype).reshape(entry.shape)
+        count = math.prod(entry.shape)
+        return read_values(self.path, entry.dtype, count, entry.start).reshape(entry.shape)
+
+
+def read_values(path: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:
+    """`count` values from the byte `start` of a file on: (count,).
+
+    Raises:
+        CheckpointError: the file ends before them.
+    """
+    size = count * dtype.itemsize
+    data = np.fromfile(path, np.uint8, size, offset=start)  # which knows no bfloat16
+    if data.size != size:
+        raise CheckpointError(f"{path} was cut short while it was read.")
+    return data.view(dtype)
 
 
 def save_safetensors(

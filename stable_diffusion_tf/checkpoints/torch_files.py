@@ -23,7 +23,12 @@ from stable_diffusion_tf.checkpoints.pickles import (
     ordered_dict,
     skip,
 )
-from stable_diffusion_tf.checkpoints.readers import MAX_RANK, CheckpointError, regular_file
+from stable_diffusion_tf.checkpoints.readers import (
+    MAX_RANK,
+    CheckpointError,
+    read_values,
+    regular_file,
+)
 
 STORAGES = {
     "torch DoubleStorage": np.dtype("<f8"),
@@ -111,14 +116,10 @@ class TorchFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         tensor = self._tensors[name]
-        storage = tensor.storage
-        with self.path.open("rb") as file:
-            file.seek(self._starts[storage.key] + tensor.offset * storage.dtype.itemsize)
-            data = np.fromfile(file, np.uint8, tensor.size * storage.dtype.itemsize)
-        if data.size != tensor.size * storage.dtype.itemsize:
-            raise CheckpointError(f"{self.path} was cut short while it was read.")
-        strides = [stride * storage.dtype.itemsize for stride in tensor.strides]
-        values = data.view(storage.dtype)
+        storage, dtype = tensor.storage, tensor.storage.dtype
+        start = self._starts[storage.key] + tensor.offset * dtype.itemsize
+        values = read_values(self.path, dtype, tensor.size, start)
+        strides = [stride * dtype.itemsize for stride in tensor.strides]
         if not tensor.size:
             return values.reshape(tensor.shape)
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
