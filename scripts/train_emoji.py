@@ -19,7 +19,8 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from stable_diffusion_tf.checkpoints.load import Models
+from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+from stable_diffusion_tf.checkpoints.load import Models, load_parts
 from stable_diffusion_tf.checkpoints.save import save
 from stable_diffusion_tf.config import (
     AutoencoderConfig,
@@ -63,7 +64,6 @@ EMOJI = ModelConfig(
     guidance=3.0,
 )
 
-SEED = 0
 SHIFT = 3.0  # of the timesteps drawn, towards noise
 
 
@@ -82,54 +82,78 @@ SHIFT = 3.0  # of the timesteps drawn, towards noise
 )
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
+@click.option(
+    "--start",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A saved model to go on from: its autoencoder is kept, the rest trained further.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Of all draws; a new one when going on from a saved model.",
+)
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-def main(target, autoencoder_steps, steps, dtype, norm, jit, runs):
+def main(target, autoencoder_steps, steps, dtype, norm, jit, start, seed, runs):
     if target.exists():
         raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
-
-    encoder, decoder = train_autoencoder(
-        images[known], images[~known], autoencoder_steps, runs / "autoencoder", jit
-    )
-    mean, deviation = posterior(encoder, images[known])
-    scale = float(1 / mean.std())  # latents of unit variance, as the schedule assumes
-    config = replace(EMOJI, autoencoder=replace(EMOJI.autoencoder, scale=scale))
-    scaled_decoder = Decoder(config.autoencoder)
-    scaled_decoder.set_weights(decoder.get_weights())
-
     captions = [row for row in rows if row.split == "train"]
-    keras.utils.set_random_seed(SEED)  # again: a run that goes on may have drawn less before
-    models = Models(
-        config,
-        TextEncoder(config.text_encoder, dtype),
-        UNet(config.unet, dtype),
-        encoder,
-        scaled_decoder,
-    )
+
+    if start is None:
+        models = new_models(
+            images[known], images[~known], autoencoder_steps, dtype, seed, runs, jit
+        )
+    else:
+        source = open_checkpoint(start)
+        trained = load_parts(source, ("text_encoder", "unet"), dtype)
+        models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
     train_diffusion(
         models,
-        (mean * scale, deviation * scale),
+        posterior(models.encoder, images[known], models.config.autoencoder.scale),
         captions,
         dtype=dtype,
         norm=norm,
         steps=steps,
+        seed=seed,
         folder=runs / "diffusion",
         jit=jit,
     )
     save(models, target, dtype="float16")
 
 
-def train_autoencoder(known, unknown, steps, folder, jit, batch_size=32):
+def new_models(known, unknown, autoencoder_steps, dtype, seed, runs, jit):
+    """A trained autoencoder, and text encoder and UNet with random weights."""
+    encoder, decoder = train_autoencoder(
+        known, unknown, autoencoder_steps, seed, runs / "autoencoder", jit
+    )
+    mean, _ = posterior(encoder, known)
+    scale = float(1 / mean.std())  # latents of unit variance, as the schedule assumes
+    config = replace(EMOJI, autoencoder=replace(EMOJI.autoencoder, scale=scale))
+    scaled_decoder = Decoder(config.autoencoder)
+    scaled_decoder.set_weights(decoder.get_weights())
+    keras.utils.set_random_seed(seed)  # again: a run that goes on may have drawn less before
+    return Models(
+        config,
+        TextEncoder(config.text_encoder, dtype),
+        UNet(config.unet, dtype),
+        encoder,
+        scaled_decoder,
+    )
+
+
+def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
     """Trains on `known` pictures, reports on `unknown` ones: -> encoder, decoder."""
-    keras.utils.set_random_seed(SEED)  # the initial weights; the rest is seeded step by step
+    keras.utils.set_random_seed(seed)  # the initial weights; the rest is seeded step by step
     encoder, decoder = Encoder(EMOJI.autoencoder), Decoder(EMOJI.autoencoder)
     side = EMOJI.image_size // EMOJI.autoencoder.factor
     shape = (batch_size, side, side, EMOJI.autoencoder.latent_channels)
 
     def batch(step):
-        picked = known[shuffled(len(known), batch_size, SEED, step)]
-        return signed(picked), random(SEED, NOISE, step).standard_normal(shape, np.float32)
+        picked = known[shuffled(len(known), batch_size, seed, step)]
+        return signed(picked), random(seed, NOISE, step).standard_normal(shape, np.float32)
 
     def preview(step):
         shown = unknown[:: len(unknown) // 24][:24]
@@ -155,21 +179,23 @@ def train_autoencoder(known, unknown, steps, folder, jit, batch_size=32):
     return encoder, decoder
 
 
-def posterior(encoder, images, batch_size=64):
-    """Mean and standard deviation of the pictures' latents, unscaled."""
+def posterior(encoder, images, scale=1.0, batch_size=64):
+    """Mean and standard deviation of the pictures' latents, times `scale`."""
     moments = encoder.predict(signed(images), batch_size, verbose=0)
     mean, log_variance = np.split(moments, 2, axis=-1)
-    return mean, np.exp(0.5 * log_variance)
+    return scale * mean, scale * np.exp(0.5 * log_variance)
 
 
-def train_diffusion(models, latents, captions, *, dtype, norm, steps, folder, jit, batch_size=64):
+def train_diffusion(
+    models, latents, captions, *, dtype, norm, steps, seed, folder, jit, batch_size=64
+):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     text, prediction = models.config.text_encoder, models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
     prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
 
     def preview(step):
-        pictures = sd.generate(prompts, num_steps=15, seed=SEED, emphasis=False, progress=False)
+        pictures = sd.generate(prompts, num_steps=15, seed=0, emphasis=False, progress=False)
         save_preview(pictures, folder, step, columns=8)
 
     train(
@@ -180,7 +206,7 @@ def train_diffusion(models, latents, captions, *, dtype, norm, steps, folder, ji
             lambda texts: sd.tokenizer.tokenize(texts, text.max_length, text.pad_token),
             models.config.schedule,
             batch_size=batch_size,
-            seed=SEED,
+            seed=seed,
             shift=SHIFT,
         ),
         [models.text_encoder, models.unet],
@@ -193,6 +219,7 @@ def train_diffusion(models, latents, captions, *, dtype, norm, steps, folder, ji
             "norm": norm,
             "batch_size": batch_size,
             "shift": SHIFT,
+            "seed": seed,
             "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
         },
         save_every=400,
