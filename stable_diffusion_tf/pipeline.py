@@ -1,11 +1,9 @@
 """Text and pictures in, pictures out: tokenizer, networks, schedule and sampler put together."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
-from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import keras
@@ -13,6 +11,7 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from stable_diffusion_tf import arguments
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
@@ -26,7 +25,6 @@ from stable_diffusion_tf.images import (
     feather,
     load_image,
     load_mask,
-    resize,
     signed_to_unit,
     unit_to_signed,
     unit_to_uint8,
@@ -137,7 +135,7 @@ class StableDiffusion:
             TypeError, ValueError: a size does not fit the model, `dtype` is unknown, or the Keras
                 backend is not supported.
         """
-        _check_choice("dtype", dtype, DTYPES)
+        arguments.check_choice("dtype", dtype, DTYPES)
         checkpoint = open_checkpoint(source, **options)
         sd = cls.__new__(cls)
         sd._setup(
@@ -190,7 +188,7 @@ class StableDiffusion:
         img_height = config.image_size if img_height is None else img_height
         img_width = config.image_size if img_width is None else img_width
         for name, size in (("img_height", img_height), ("img_width", img_width)):
-            _check_size(name, size, config.autoencoder.factor)
+            arguments.check_size(name, size, config.autoencoder.factor)
         self.config = config
         self.img_height = int(img_height)
         self.img_width = int(img_width)
@@ -340,52 +338,47 @@ class StableDiffusion:
         method = get_sampler(sampler)
         prediction = self.config.schedule.prediction
         options = method.options(
-            _number("eta", eta), _number("temperature", temperature), prediction
+            arguments.number("eta", eta), arguments.number("temperature", temperature), prediction
         )
         grid = method.grid_on(schedule)
         levels = steps(self.config.schedule, num_steps, **grid)
         guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
-        strength = _number("input_image_strength", input_image_strength)
-        if not 0 < strength <= 1:
-            raise ValueError(f"input_image_strength must be over 0, up to 1, not {strength!r}")
-        mask_feather = _number("mask_feather", mask_feather)
-        if mask_feather < 0:
-            raise ValueError(f"mask_feather must be 0 pixels or more, not {mask_feather!r}")
-        _check_choice("output", output, OUTPUTS)
-        self._check_clip_skip(clip_skip)
+        strength = arguments.number(
+            "input_image_strength", input_image_strength, "over 0, up to 1", lambda x: 0 < x <= 1
+        )
+        mask_feather = arguments.number(
+            "mask_feather", mask_feather, "0 pixels or more", lambda x: x >= 0
+        )
+        arguments.check_choice("output", output, OUTPUTS)
+        arguments.check_clip_skip(clip_skip, self.config.text_encoder.layers)
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
-        images, masks = _sources("input_image", input_image), _sources("input_mask", input_mask)
-        if masks and not images:
-            raise ValueError("input_mask says where to repaint input_image; give that too")
-        if self._inpaints and not masks:
-            raise ValueError(
-                f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
-                "white to repaint the whole picture), or take a model for text to image"
-            )
-        count = _count(max(len(positive), len(images), len(masks)), batch_size)
+        images = arguments.sources("input_image", input_image)
+        masks = arguments.sources("input_mask", input_mask)
+        self._check_task(images, masks)
+        count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
         negative = self._conditions(
             "negative_prompt", negative_prompt, "negative_context", negative_context, emphasis
         )
-        for name, given in (
-            ("prompts or contexts", positive),
-            ("negative prompts or contexts", negative),
-            ("input images", images),
-            ("input masks", masks),
-        ):
-            if len(given) not in (0, 1, count):
-                raise ValueError(
-                    f"{len(given)} {name} for {count} pictures; give one, or one a picture"
-                )
+        arguments.check_counts(
+            count,
+            {
+                "prompts or contexts": positive,
+                "negative prompts or contexts": negative,
+                "input images": images,
+                "input masks": masks,
+            },
+        )
         shape = self._latents_shape
         eps = None
         if diffusion_noise is not None:
-            eps = _array("diffusion_noise", diffusion_noise, (count, *shape))
+            eps = arguments.array("diffusion_noise", diffusion_noise, (count, *shape))
         seeds = picture_seeds(seed, count)
         noise = Noise(seeds, shape, rng)
-        images = self._loaded("input_image", images, load_image)
-        masks = self._loaded("input_mask", masks, load_mask)
+        size = self.img_height, self.img_width
+        images = arguments.resized("input_image", images, load_image, *size)
+        masks = arguments.resized("input_mask", masks, load_mask, *size)
         conditions = filled_up(positive if guidance is None else positive + negative, self._empty)
         self.last_seed = seeds[0]
         if images:
@@ -437,7 +430,7 @@ class StableDiffusion:
         text = self.config.text_encoder
         return chunks(
             self.tokenizer,
-            _texts(name, prompts),
+            arguments.texts(name, prompts),
             text.max_length,
             text.pad_token,
             emphasis=emphasis,
@@ -457,7 +450,7 @@ class StableDiffusion:
         Raises:
             TypeError, ValueError: as of `tokenize`, or `clip_skip` is out of range.
         """
-        self._check_clip_skip(clip_skip)
+        arguments.check_clip_skip(clip_skip, self.config.text_encoder.layers)
         conditions = filled_up(self.tokenize(prompts, emphasis=emphasis), self._empty)
         return self._states(conditions, clip_skip)
 
@@ -475,23 +468,12 @@ class StableDiffusion:
             TypeError, ValueError, FileNotFoundError: they are not.
             FloatingPointError: the encoder overflowed, as some do in float16.
         """
-        if not isinstance(images, list | tuple):
-            images = np.asarray(images)
-            if images.ndim != 4:
-                raise ValueError(
-                    f"images must be (B, H, W, 3) or a list of pictures, not {images.shape}"
-                )
-        pictures = [load_image(image) for image in images]
-        sizes = {picture.shape[:2] for picture in pictures}
-        if len(sizes) != 1:
-            raise ValueError(f"images must be one or more, all of one size, not {sorted(sizes)}")
         autoencoder = self.config.autoencoder
-        height, width = sizes.pop()
-        for name, size in (("height", height), ("width", width)):
-            _check_size(f"the images' {name}", size, autoencoder.factor)
+        pictures = arguments.same_size("images", images, autoencoder.factor)
         if noise is not None:
-            grid = (height // autoencoder.factor, width // autoencoder.factor)
-            noise = _array("noise", noise, (len(pictures), *grid, autoencoder.latent_channels))
+            count, height, width, _ = pictures.shape
+            grid = height // autoencoder.factor, width // autoencoder.factor
+            noise = arguments.array("noise", noise, (count, *grid, autoencoder.latent_channels))
         return self._encode(pictures, noise)
 
     def _encode(
@@ -512,7 +494,8 @@ class StableDiffusion:
             FloatingPointError: the decoder overflowed, as some do in float16.
         """
         channels = self.config.autoencoder.latent_channels
-        return unit_to_uint8(self._pictures(_array("latents", latents, ("B", "h", "w", channels))))
+        latents = arguments.array("latents", latents, ("B", "h", "w", channels))
+        return unit_to_uint8(self._pictures(latents))
 
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
         pictures = _one_by_one(self._decoder, latents)
@@ -523,18 +506,14 @@ class StableDiffusion:
         """Whether the UNet sees a mask and the masked picture's latents beside its own."""
         return self.config.unet.in_channels != self.config.unet.out_channels
 
-    def _loaded(
-        self, name: str, sources: Sequence[Any], load: Callable[[Any], np.ndarray]
-    ) -> list[np.ndarray]:
-        """Pictures or masks, of the size that is drawn."""
-        loaded = []
-        for i, source in enumerate(sources):
-            try:
-                loaded.append(resize(load(source), self.img_height, self.img_width))
-            except (TypeError, ValueError) as error:
-                label = f"{name}[{i}]" if len(sources) > 1 else name
-                raise type(error)(f"{label}: {error}") from error
-        return loaded
+    def _check_task(self, images: Sequence[Any], masks: Sequence[Any]) -> None:
+        if masks and not images:
+            raise ValueError("input_mask says where to repaint input_image; give that too")
+        if self._inpaints and not masks:
+            raise ValueError(
+                f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
+                "white to repaint the whole picture), or take a model for text to image"
+            )
 
     def _task(
         self,
@@ -591,7 +570,7 @@ class StableDiffusion:
         if context is None:
             return self.tokenize(prompt, prompt_name, emphasis=emphasis)
         length, width = self.config.text_encoder.max_length, self.config.unet.context_width
-        states = _array(context_name, context, ("N", width), ("n", "N", width))
+        states = arguments.array(context_name, context, ("N", width), ("n", "N", width))
         if states.shape[-2] % length:
             raise ValueError(
                 f"{context_name} must have the states of whole chunks, a multiple of {length} of "
@@ -618,23 +597,14 @@ class StableDiffusion:
 
         return np.stack([np.concatenate([*map(states, condition)]) for condition in conditions])
 
-    def _check_clip_skip(self, clip_skip: Any) -> None:
-        layers = self.config.text_encoder.layers
-        whole = isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool)
-        if not (whole and 1 <= clip_skip <= layers):
-            raise ValueError(
-                f"clip_skip must be a whole number from 1 to {layers}, the text encoder's layers, "
-                f"not {clip_skip!r}"
-            )
-
     def _guidance(self, scale: Any, rescale: Any) -> tuple[Any, Any]:
         """Checks guidance's numbers; as tensors, so that none of them is compiled in, or None."""
         if scale is None:
             scale = self.config.guidance
-        scale = _number("unconditional_guidance_scale", scale)
-        rescale = _number("guidance_rescale", rescale)
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance_rescale must be from 0 to 1, not {rescale!r}")
+        scale = arguments.number("unconditional_guidance_scale", scale)
+        rescale = arguments.number(
+            "guidance_rescale", rescale, "from 0 to 1", lambda x: 0 <= x <= 1
+        )
         if scale <= 1:
             return None, None
         return _tensor(scale), _tensor(rescale) if rescale else None
@@ -703,81 +673,3 @@ def _repeated(values: Any, count: int) -> Any:
 
 def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:
     return {part: build_part(config, part) for part in parts}
-
-
-def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-
-
-def _check_size(name: str, size: Any, factor: int) -> None:
-    if not isinstance(size, Integral) or isinstance(size, bool):
-        raise TypeError(f"{name} must be a whole number of pixels, not {size!r}")
-    if size < factor or size % factor:
-        below = max(size // factor, 1) * factor
-        raise ValueError(
-            f"{name} must be a multiple of {factor} for this model, not {size}; "
-            f"for example {below} or {below + factor}"
-        )
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value!r}")
-    return float(value)
-
-
-def _texts(name: str, given: Any) -> list[str]:
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be text or a list of texts, not {given!r}")
-    if not texts:
-        raise ValueError(f"{name} is an empty list; give at least one text")
-    return list(texts)
-
-
-def _sources(name: str, given: Any) -> list[Any]:
-    """One picture or several, or None -> list of what `load_image` takes."""
-    if given is None:
-        return []
-    several = isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 4)
-    if several and not len(given):
-        raise ValueError(f"{name} is an empty list; give at least one picture, or None")
-    return list(given) if several else [given]
-
-
-def _count(given: int, batch_size: Any) -> int:
-    """Number of pictures of `given` prompts, or of whatever there are most of."""
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
-    if given == 1:
-        return int(batch_size)
-    if batch_size not in (1, given):
-        raise ValueError(
-            f"batch_size {batch_size} does not fit {given} prompts, contexts or images, which give "
-            f"{given} pictures; leave it out, or repeat them in the list"
-        )
-    return given
-
-
-def _array(name: str, value: Any, *shapes: tuple[int | str, ...]) -> np.ndarray:
-    """Checks finite numbers of one of `shapes`, with letters where any size will do: -> float32."""
-    try:
-        array = np.asarray(value).astype(np.float32)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be an array of numbers, not {value!r}") from None
-    if not any(_fits(array.shape, shape) for shape in shapes):
-        known = " or ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
-        raise ValueError(f"{name} must have the shape {known}, not {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has NaN or infinite values")
-    return array
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        size > 0 if isinstance(want, str) else size == want
-        for size, want in zip(shape, wanted, strict=True)
-    )
