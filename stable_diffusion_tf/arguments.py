@@ -15,14 +15,15 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
-def check_size(name: str, size: Any, factor: int) -> None:
-    """A side of a picture, in pixels."""
+def check_size(name: str, size: Any, factor: int, least: int | None = None) -> None:
+    """A side of a picture, in pixels: a multiple of `factor`, `least` or more (None: `factor`)."""
+    least = least or factor
     if not _whole(size):
         raise TypeError(f"{name} must be a whole number of pixels, not {size!r}")
-    if size < factor or size % factor:
-        below = max(size // factor, 1) * factor
+    if size < least or size % factor:
+        below = max(size // factor * factor, least)
         raise ValueError(
-            f"{name} must be a multiple of {factor} for this model, not {size}; "
+            f"{name} must be a multiple of {factor} for this model, {least} or more, not {size}; "
             f"for example {below} or {below + factor}"
         )
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property, partial
 from typing import Any, Literal, NamedTuple
 
@@ -30,10 +30,12 @@ from stable_diffusion_tf.images import (
     unit_to_uint8,
 )
 from stable_diffusion_tf.samplers import Noise, get_sampler, picture_seeds
+from stable_diffusion_tf.tiling import SMALLEST, tiled
 from stable_diffusion_tf.tokenizer import Chunk, Tokenizer, chunks, emphasised, filled_up
 
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 OUTPUTS = ("image", "float", "latents")
+TILE = 1024  # pixels: all that fits a common GPU goes whole, as it does elsewhere
 
 Condition = list[Chunk | np.ndarray]  # of a picture: chunks of text, or their states (77, width)
 
@@ -58,7 +60,7 @@ class StableDiffusion:
     The networks are Keras models, built and filled when first used: `text_encoder`,
     `diffusion_model` (the UNet), `image_encoder` and `image_decoder`. The UNet sees a whole batch
     at once; the others run an image or a text at a time, so that they are compiled once and take
-    no more memory for many.
+    no more memory for many; and what is larger than `tile`, in parts of that size.
 
     Attributes:
         config: the `ModelConfig`.
@@ -194,6 +196,7 @@ class StableDiffusion:
         self.img_width = int(img_width)
         self.jit_compile = jit_compile
         self.tokenizer = Tokenizer()
+        self.tile = TILE
         self.last_seed: int | None = None
         self._load = load
         self._networks: dict[str, keras.Model] = {}
@@ -246,6 +249,26 @@ class StableDiffusion:
     def image_decoder(self) -> keras.Model:
         """scaled latents (B, h, w, 4) -> images (B, H, W, 3) in [-1, 1]."""
         return self._network("decoder")
+
+    @property
+    def tile(self) -> int:
+        """Pixels along a side, at most, that the autoencoder sees at once; 1024 at first.
+
+        Larger pictures are encoded and decoded in overlapping tiles that are blended: the memory
+        is that of one tile, and less the smaller it is. But the autoencoder's norms and attention
+        look at all they see, so tiles differ a little from the whole, small ones more.
+
+        Raises:
+            TypeError, ValueError: it is set to what is no multiple of the autoencoder's factor, or
+                less than 8 times that (64 for Stable Diffusion).
+        """
+        return self._tile
+
+    @tile.setter
+    def tile(self, pixels: int) -> None:
+        factor = self.config.autoencoder.factor
+        arguments.check_size("tile", pixels, factor, SMALLEST * factor)
+        self._tile = int(pixels)
 
     def generate(
         self,
@@ -480,7 +503,8 @@ class StableDiffusion:
         self, pictures: Sequence[np.ndarray], noise: np.ndarray | None = None
     ) -> np.ndarray:
         """Pictures (H, W, 3) in [0, 1] -> scaled latents (B, h, w, 4)."""
-        moments = _one_by_one(self._encoder, [unit_to_signed(picture) for picture in pictures])
+        signed = map(unit_to_signed, pictures)
+        moments = self._tiled(self._encoder, signed, reads=self.config.autoencoder.factor)
         latents, log_variance = np.split(_finite("encoding", moments, self.image_encoder), 2, -1)
         if noise is not None:
             latents = latents + np.exp(np.clip(log_variance, -30, 20) / 2) * noise
@@ -498,8 +522,13 @@ class StableDiffusion:
         return unit_to_uint8(self._pictures(latents))
 
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
-        pictures = _one_by_one(self._decoder, latents)
+        pictures = self._tiled(self._decoder, latents, gives=self.config.autoencoder.factor)
         return signed_to_unit(_finite("decoding", pictures, self.image_decoder))
+
+    def _tiled(self, function: Callable, inputs: Iterable[np.ndarray], **cell: int) -> np.ndarray:
+        """A batch through the encoder or the decoder: one by one, and large ones in tiles."""
+        side = self.tile // self.config.autoencoder.factor
+        return np.stack([tiled(partial(_alone, function), one, side, **cell) for one in inputs])
 
     @property
     def _inpaints(self) -> bool:
@@ -588,7 +617,7 @@ class StableDiffusion:
 
         @cache
         def read(ids):
-            return _one_by_one(self._reader(clip_skip), np.array([ids], np.int32))[0]
+            return _alone(self._reader(clip_skip), np.array(ids, np.int32))
 
         def states(chunk):
             if isinstance(chunk, np.ndarray):
@@ -644,9 +673,9 @@ class StableDiffusion:
         return compiled(call, model.variables, self.jit_compile)
 
 
-def _one_by_one(function: Callable, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """A batch through a function of batches of one: compiled once, and no more memory for many."""
-    return np.concatenate([ops.convert_to_numpy(function(one[None])) for one in inputs])
+def _alone(function: Callable, one: np.ndarray) -> np.ndarray:
+    """One of a batch through a function of batches: it is compiled once, for a batch of one."""
+    return ops.convert_to_numpy(function(one[None]))[0]
 
 
 def _finite(stage: str, values: np.ndarray, network: keras.Model) -> np.ndarray:

@@ -494,6 +494,64 @@ def test_images_are_arrays_or_pictures(small):
     np.testing.assert_array_equal(found, small.encode_image(pictures))
 
 
+def test_large_pictures_go_through_the_autoencoder_in_tiles(tiny_model, monkeypatch):
+    sd = StableDiffusion.from_pretrained(tiny_model, img_height=38, img_width=26)
+    images = np.random.default_rng(0).random((2, 38, 26, 3), np.float32)
+    codes = sd.encode_image(images)
+    pictures = sd._pictures(codes)
+    seen = []
+    for part in ("_encoder", "_decoder"):
+        original = getattr(sd, part)
+
+        def noted(x, original=original):
+            seen.append(x.shape)
+            return original(x)
+
+        monkeypatch.setitem(sd.__dict__, part, noted)
+
+    assert sd.tile == 1024
+    np.testing.assert_array_equal(sd.encode_image(images), codes)
+    np.testing.assert_array_equal(sd._pictures(codes), pictures)
+    assert seen == [(1, 38, 26, 3)] * 2 + [(1, 19, 13, 4)] * 2
+
+    seen.clear()
+    sd.tile = 16
+    in_tiles = sd.encode_image(images), sd._pictures(codes)
+    for found, whole in zip(in_tiles, (codes, pictures), strict=True):
+        assert found.shape == whole.shape and found.dtype == whole.dtype
+        assert 0 < synth.relative_error(found, whole) < 0.3
+    sd.generate(PROMPT, input_image=images, num_steps=2, seed=0, progress=False)
+    assert set(seen) == {(1, 16, 16, 3), (1, 8, 8, 4)}
+
+
+def test_the_embedded_models_tiles_have_no_seams():
+    sd = StableDiffusion.from_pretrained("emoji", img_height=128, img_width=128)
+    disc = Image.new("RGB", (512, 512), "white")
+    ImageDraw.Draw(disc).ellipse([60, 60, 452, 400], fill="red")
+    codes = sd.encode_image([disc.resize((128, 128))])
+    whole = sd._pictures(codes)
+    sd.tile = 64
+    error = sd._pictures(codes) - whole
+    assert np.sqrt((error**2).mean()) < 0.02
+    for axis in (1, 2):  # a seam is a step in the error along a whole line
+        others = tuple({0, 1, 2, 3} - {axis})
+        assert abs(np.diff(error.mean(others))).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("pixels", "error", "message"),
+    [
+        (None, TypeError, "tile must be a whole number of pixels, not None"),
+        (17, ValueError, "tile must be a multiple of 2 .*, 16 or more, not 17; .* 16 or 18"),
+        (14, ValueError, "16 or more, not 14; for example 16"),
+    ],
+)
+def test_a_tile_is_of_a_size_that_fits_the_model(small, pixels, error, message):
+    with pytest.raises(error, match=message):
+        small.tile = pixels
+    assert small.tile == 1024
+
+
 @pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16"])
 def test_half_precision_networks_are_stepped_through_in_float32(
     tiny_model, small, photo, mask, dtype
