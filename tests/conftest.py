@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import synth
 from hypothesis import settings
@@ -26,6 +28,16 @@ def tiny_folder(tmp_path, tiny_weights):
 def tiny_model(tmp_path_factory, tiny_weights):
     """The same folder, one for the whole run: to open only."""
     return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY, tiny_weights)
+
+
+@pytest.fixture(scope="session")
+def tiny_inpainting(tmp_path_factory, tiny_weights):
+    """The same whose UNet sees the mask and the masked picture."""
+    name, shape = "conv_in.weight", (32, 9, 3, 3)
+    unet = {**tiny_weights["unet"], name: synth.weight(name, shape)}
+    config = replace(TINY, unet=replace(TINY.unet, in_channels=9))
+    folder = tmp_path_factory.mktemp("models") / "inpainting"
+    return write_folder(folder, config, {**tiny_weights, "unet": unet})
 
 
 @pytest.fixture

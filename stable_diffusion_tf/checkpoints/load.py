@@ -1,6 +1,7 @@
 """A source -> filled models. Total: every variable filled, every tensor used or ignored by name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,9 +70,7 @@ def load_parts(
             problems.append(str(error))
     if problems:
         raise CheckpointError("\n".join(problems))
-    for match in matches:
-        match.variable._initializer = partial(_first_value, match)
-        match.variable._deferred_initialize()
+    _fill(matches)
     return models
 
 
@@ -88,6 +87,21 @@ def _without_values() -> Iterator[None]:
             yield
     finally:
         global_state.set_global_attribute(NOTED, noted)
+
+
+def _fill(matches: Sequence[Match]) -> None:
+    """Gives the variables their values: two at a time, for most of it is waiting for memory."""
+
+    def fill(match: Match) -> None:
+        match.variable._initializer = partial(_first_value, match)
+        match.variable._deferred_initialize()
+
+    pool = ThreadPoolExecutor(2)
+    try:
+        for _ in pool.map(fill, matches):
+            pass
+    finally:  # after an error, what is not begun is not
+        pool.shutdown(cancel_futures=True)
 
 
 def _first_value(match: Match, shape, dtype):
