@@ -35,7 +35,7 @@ from stable_diffusion_tf.tokenizer import Chunk, Tokenizer, chunks, emphasised, 
 
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 OUTPUTS = ("image", "float", "latents")
-TILE = 1024  # pixels: all that fits a common GPU goes whole, as it does elsewhere
+TILE = 128  # latents a side, which a common GPU has room for: attention's logits take 1 GB
 
 Condition = list[Chunk | np.ndarray]  # of a picture: chunks of text, or their states (77, width)
 
@@ -196,7 +196,7 @@ class StableDiffusion:
         self.img_width = int(img_width)
         self.jit_compile = jit_compile
         self.tokenizer = Tokenizer()
-        self.tile = TILE
+        self.tile = TILE * config.autoencoder.factor
         self.last_seed: int | None = None
         self._load = load
         self._networks: dict[str, keras.Model] = {}
@@ -252,11 +252,11 @@ class StableDiffusion:
 
     @property
     def tile(self) -> int:
-        """Pixels along a side, at most, that the autoencoder sees at once; 1024 at first.
+        """Pixels a side, at most, that the autoencoder sees at once; 1024 for Stable Diffusion.
 
-        Larger pictures are encoded and decoded in overlapping tiles that are blended: the memory
-        is that of one tile, and less the smaller it is. But the autoencoder's norms and attention
-        look at all they see, so tiles differ a little from the whole, small ones more.
+        May be set. Larger pictures are encoded and decoded in overlapping tiles of that size, which
+        are blended: the memory is that of one tile. But the autoencoder's norms and attention look
+        at all they see, so tiles differ a little from the whole, small ones more.
 
         Raises:
             TypeError, ValueError: it is set to what is no multiple of the autoencoder's factor, or

@@ -501,7 +501,7 @@ def test_large_pictures_go_through_the_autoencoder_in_tiles(tiny_model, monkeypa
 
         monkeypatch.setitem(sd.__dict__, part, noted)
 
-    assert sd.tile == 1024
+    assert sd.tile == 256
     np.testing.assert_array_equal(sd.encode_image(images), codes)
     np.testing.assert_array_equal(sd._pictures(codes), pictures)
     assert seen == [(1, 38, 26, 3)] * 2 + [(1, 19, 13, 4)] * 2
@@ -541,7 +541,7 @@ def test_the_embedded_models_tiles_have_no_seams():
 def test_a_tile_is_of_a_size_that_fits_the_model(small, pixels, error, message):
     with pytest.raises(error, match=message):
         small.tile = pixels
-    assert small.tile == 1024
+    assert small.tile == 256
 
 
 @pytest.mark.parametrize(
