@@ -52,6 +52,15 @@ def number(
     return float(value)
 
 
+def function(name: str, given: Any) -> Callable:
+    """A function, or None -> one that does nothing."""
+    if given is None:
+        return lambda *args: None
+    if not callable(given):
+        raise TypeError(f"{name} must be a function or None, not {given!r}")
+    return given
+
+
 def texts(name: str, given: Any) -> list[str]:
     """One text or several -> list."""
     found = [given] if isinstance(given, str) else given

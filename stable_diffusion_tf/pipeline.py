@@ -29,6 +29,7 @@ from stable_diffusion_tf.images import (
     unit_to_signed,
     unit_to_uint8,
 )
+from stable_diffusion_tf.preview import Preview, linear_decoder
 from stable_diffusion_tf.samplers import Noise, get_sampler, picture_seeds
 from stable_diffusion_tf.tiling import SMALLEST, tiled
 from stable_diffusion_tf.tokenizer import Chunk, Tokenizer, chunks, emphasised, filled_up
@@ -297,6 +298,7 @@ class StableDiffusion:
         mask_feather: float = 0.0,
         output: Literal["image", "float", "latents"] = "image",
         progress: bool = True,
+        callback: Callable[[int, int, Preview], Any] | None = None,
     ) -> np.ndarray:
         """Draws pictures: of one prompt `batch_size` times, or one of each prompt of a list.
 
@@ -350,6 +352,10 @@ class StableDiffusion:
             output: "image": uint8 (B, H, W, 3); "float": the same in [0, 1] float32; "latents":
                 scaled float32 (B, h, w, 4).
             progress: show a progress bar.
+            callback: `callback(step, total, preview)`, called after each step, 1 to `total`. The
+                preview is uint8 (B, h, w, 3), a pixel a latent: what the pictures look like so far,
+                by a linear stand-in for the decoder, and only if it is looked at (see `Preview`).
+                To cancel, raise an exception in it: `generate` ends there, with that exception.
 
         Raises:
             TypeError, ValueError: an argument is not as above; the message names it.
@@ -378,6 +384,7 @@ class StableDiffusion:
         images = arguments.sources("input_image", input_image)
         masks = arguments.sources("input_mask", input_mask)
         self._check_task(images, masks)
+        callback = arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
@@ -416,12 +423,14 @@ class StableDiffusion:
         ) as bar:
             # All of them now: a damaged file must be found before the work.
             self._need("text_encoder", "unet", "decoder", *(["encoder"] if images else []))
-            bar.set_description("Reading the input")
+            bar.set_description("Encoding the text")
+            states = self._states(conditions, clip_skip)
+            if images:
+                bar.set_description("Encoding the image")
             # Before the start noise: PyTorch users have the posterior's drawn first.
             posterior = noise.posterior() if images and sample_posterior else None
             eps = noise.start() if eps is None else eps
             task = self._task(method.sample, images, masks, first, eps, posterior, mask_feather)
-            states = self._states(conditions, clip_skip)
             contexts = _repeated(states[: len(positive)], count), *task.channels
             negatives = None
             if guidance is not None:
@@ -432,8 +441,10 @@ class StableDiffusion:
                 return self._denoise(x, step, contexts, negatives, guidance, rescale)
 
             bar.set_description("Denoising")
-            for x, _ in task.sample(denoise, task.start, levels, noise, **options):  # noqa: B007
+            drawn = task.sample(denoise, task.start, levels, noise, **options)
+            for step, (x, x0) in enumerate(drawn, 1):  # noqa: B007
                 bar.update()
+                callback(step, bar.total, Preview(partial(self._preview, x0)))
             latents = _finite("denoising", ops.convert_to_numpy(x), self.diffusion_model)
             if output == "latents":
                 return latents
@@ -524,6 +535,11 @@ class StableDiffusion:
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
         pictures = self._tiled(self._decoder, latents, gives=self.config.autoencoder.factor)
         return signed_to_unit(_finite("decoding", pictures, self.image_decoder))
+
+    def _preview(self, x0: Any) -> np.ndarray:
+        """Latents being denoised -> small pictures, uint8 (B, h, w, 3)."""
+        latents = _finite("denoising", ops.convert_to_numpy(x0), self.diffusion_model)
+        return unit_to_uint8(self._linear_decoder(latents))
 
     def _tiled(self, function: Callable, inputs: Iterable[np.ndarray], **cell: int) -> np.ndarray:
         """A batch through the encoder or the decoder: one by one, and large ones in tiles."""
@@ -665,6 +681,11 @@ class StableDiffusion:
     @cached_property
     def _decoder(self) -> Callable:
         return self._compiled(self.image_decoder)
+
+    @cached_property
+    def _linear_decoder(self) -> Callable:
+        autoencoder = self.config.autoencoder
+        return linear_decoder(self._pictures, autoencoder.latent_channels, autoencoder.factor)
 
     def _compiled(self, model: keras.Model) -> Callable:
         def call(inputs):

@@ -578,13 +578,77 @@ def test_networks_in_memory_draw_as_they_are_now(tiny_model):
     assert synth.relative_error(latents(sd, PROMPT, **settings), before) > 1e-3
 
 
-def test_the_bar_names_the_stages(small, capsys):
+def test_the_bar_names_the_stages(small, photo, capsys):
     small.generate(PROMPT, num_steps=2)
     shown = capsys.readouterr().err
-    for stage in ("Loading", "Reading", "Denoising", "Decoding"):
+    for stage in ("Loading the model", "Encoding the text", "Denoising", "Decoding"):
         assert stage in shown
+    assert "Encoding the image" not in shown
+    small.generate(PROMPT, num_steps=2, input_image=photo)
+    assert "Encoding the image" in capsys.readouterr().err
     small.generate(PROMPT, num_steps=2, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_callback_is_told_of_every_step(small, photo, mask):
+    for given, total in (({}, 4), ({"input_image": photo, "input_mask": mask}, 2)):
+        settings = {"num_steps": 4, "batch_size": 2, "seed": 0, **given}
+        told = []
+        found = latents(
+            small, PROMPT, callback=lambda *args, told=told: told.append(args), **settings
+        )
+        np.testing.assert_array_equal(found, latents(small, PROMPT, **settings))
+        assert [args[:2] for args in told] == [(step, total) for step in range(1, total + 1)]
+        for _, _, preview in told:
+            assert np.asarray(preview).shape == preview.shape == (2, 7, 5, 3)
+            assert preview[1].dtype == np.uint8
+
+
+def test_a_preview_is_not_computed_before_it_is_looked_at(small, monkeypatch):
+    computed = []
+    monkeypatch.setattr(small, "_preview", computed.append)
+    previews = []
+    latents(small, PROMPT, num_steps=2, callback=lambda *args: previews.append(args[2]))
+    assert computed == []
+    np.asarray(previews[1])
+    assert len(computed) == 1
+
+
+def test_an_exception_in_the_callback_cancels(small, monkeypatch, capsys):
+    class Enough(Exception):
+        pass
+
+    def stop(step, total, preview):
+        if step == 2:
+            raise Enough
+
+    seen = []
+    original = small._denoise
+    monkeypatch.setitem(
+        small.__dict__, "_denoise", lambda x, *args: seen.append(x) or original(x, *args)
+    )
+    with pytest.raises(Enough):
+        small.generate(PROMPT, num_steps=5, callback=stop)
+    assert len(seen) == 2
+    shown = capsys.readouterr().err
+    assert "2/5" in shown and "Decoding" not in shown
+    assert latents(small, PROMPT, num_steps=2).shape == (1, 7, 5, 4)
+
+
+def test_the_embedded_models_previews_resemble_its_pictures():
+    sd = StableDiffusion.from_pretrained("emoji")
+    previews = []
+    (picture,) = sd.generate(
+        "blue heart, fluent style",
+        num_steps=8,
+        seed=0,
+        callback=lambda step, total, preview: previews.append(preview[0] / 255),
+        progress=False,
+    )
+    height, width, _ = previews[-1].shape
+    small = resize(picture / np.float32(255), height, width)
+    assert np.sqrt(((previews[-1] - small) ** 2).mean()) < 0.2
+    assert np.corrcoef(previews[-1].ravel(), small.ravel())[0, 1] > 0.8
 
 
 NAN = float("nan")
@@ -653,6 +717,7 @@ WRONG = [
     ((PROMPT,), {"input_image_strength": 0}, ValueError, "strength must be over 0, up to 1, not"),
     ((PROMPT,), {"input_image_strength": 1.01}, ValueError, "input_image_strength must be over 0"),
     ((PROMPT,), {"input_image_strength": NAN}, ValueError, "input_image_strength must be finite"),
+    ((PROMPT,), {"callback": 7}, TypeError, "callback must be a function or None, not 7"),
     ((PROMPT,), {**PAIR, "seed": -2}, ValueError, "seed must be a whole number from 0"),
 ]
 
