@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -52,6 +53,16 @@ class _Task(NamedTuple):
     finish: Callable = lambda pictures: pictures  # the last touch
 
 
+class _once(cached_property):
+    """A property that is built at first use, by one thread while the others wait for it."""
+
+    def __get__(self, sd: Any, owner: type | None = None) -> Any:
+        if sd is None:
+            return self
+        with sd._building:
+            return super().__get__(sd, owner)
+
+
 class StableDiffusion:
     """A text-to-image latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
 
@@ -63,11 +74,12 @@ class StableDiffusion:
     at once; the others run an image or a text at a time, so that they are compiled once and take
     no more memory for many; and what is larger than `tile`, in parts of that size.
 
+    Threads may share one: it builds everything once, and pictures are the same as without them.
+
     Attributes:
         config: the `ModelConfig`.
         img_height, img_width: size of the pictures that `generate` makes, in pixels.
         tokenizer: `encode(text)` gives ids without start, end and padding.
-        last_seed: the first picture's in the last `generate`, given or drawn; None before it.
     """
 
     def __init__(
@@ -198,7 +210,8 @@ class StableDiffusion:
         self.jit_compile = jit_compile
         self.tokenizer = Tokenizer()
         self.tile = TILE * config.autoencoder.factor
-        self.last_seed: int | None = None
+        self._of_this_thread = threading.local()
+        self._building = threading.RLock()
         self._load = load
         self._networks: dict[str, keras.Model] = {}
         self._readers: dict[int, Callable] = {}  # the text encoder, compiled, by clip_skip
@@ -224,8 +237,9 @@ class StableDiffusion:
 
     def _need(self, *parts: str) -> None:
         """Loads what is not loaded yet: together, so that one error names all that does not fit."""
-        if absent := [part for part in parts if part not in self._networks]:
-            self._networks |= self._load(absent)
+        with self._building:
+            if absent := [part for part in parts if part not in self._networks]:
+                self._networks |= self._load(absent)
 
     def _network(self, part: str) -> keras.Model:
         self._need(part)
@@ -250,6 +264,11 @@ class StableDiffusion:
     def image_decoder(self) -> keras.Model:
         """scaled latents (B, h, w, 4) -> images (B, H, W, 3) in [-1, 1]."""
         return self._network("decoder")
+
+    @property
+    def last_seed(self) -> int | None:
+        """The first picture's in this thread's last `generate`, given or drawn; None before it."""
+        return getattr(self._of_this_thread, "last_seed", None)
 
     @property
     def tile(self) -> int:
@@ -410,7 +429,7 @@ class StableDiffusion:
         images = arguments.resized("input_image", images, load_image, *size)
         masks = arguments.resized("input_mask", masks, load_mask, *size)
         conditions = filled_up(positive if guidance is None else positive + negative, self._empty)
-        self.last_seed = seeds[0]
+        self._of_this_thread.last_seed = seeds[0]
         if images:
             levels = levels[-1 - max(1, int(num_steps * strength)) :]
         first = levels[0]
@@ -623,7 +642,7 @@ class StableDiffusion:
             )
         return [list(one) for one in states.reshape(-1, states.shape[-2] // length, length, width)]
 
-    @cached_property
+    @_once
     def _empty(self) -> Chunk:
         ((chunk,),) = self.tokenize("")
         return chunk
@@ -654,7 +673,7 @@ class StableDiffusion:
             return None, None
         return _tensor(scale), _tensor(rescale) if rescale else None
 
-    @cached_property
+    @_once
     def _denoise(self) -> Callable:
         unet, prediction = self.diffusion_model, self.config.schedule.prediction
 
@@ -670,19 +689,20 @@ class StableDiffusion:
         return compiled(denoise, unet.variables, self.jit_compile)
 
     def _reader(self, clip_skip: int) -> Callable:
-        if clip_skip not in self._readers:
-            self._readers[clip_skip] = self._compiled(self.text_encoder.skipping(clip_skip))
-        return self._readers[clip_skip]
+        with self._building:
+            if clip_skip not in self._readers:
+                self._readers[clip_skip] = self._compiled(self.text_encoder.skipping(clip_skip))
+            return self._readers[clip_skip]
 
-    @cached_property
+    @_once
     def _encoder(self) -> Callable:
         return self._compiled(self.image_encoder)
 
-    @cached_property
+    @_once
     def _decoder(self) -> Callable:
         return self._compiled(self.image_decoder)
 
-    @cached_property
+    @_once
     def _linear_decoder(self) -> Callable:
         autoencoder = self.config.autoencoder
         return linear_decoder(self._pictures, autoencoder.latent_channels, autoencoder.factor)

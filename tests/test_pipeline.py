@@ -1,5 +1,8 @@
 import logging
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import keras
@@ -649,6 +652,41 @@ def test_the_embedded_models_previews_resemble_its_pictures():
     small = resize(picture / np.float32(255), height, width)
     assert np.sqrt(((previews[-1] - small) ** 2).mean()) < 0.2
     assert np.corrcoef(previews[-1].ravel(), small.ravel())[0, 1] > 0.8
+
+
+def test_threads_share_a_model(tiny_model, photo):
+    """At first use, at once: they load and build the same things."""
+    tasks = [
+        {"prompt": "a red apple"},
+        {"prompt": "a blue cat", "clip_skip": 2},
+        {"prompt": "a house", "input_image": photo},
+        {"prompt": "a leaf", "callback": lambda step, total, preview: np.asarray(preview)},
+    ]
+    settings = {"num_steps": 3, "output": "float", "progress": False}
+    sizes = {"img_height": 14, "img_width": 10}
+    alone = StableDiffusion.from_pretrained(tiny_model, **sizes)
+    expected = [alone.generate(**task, seed=i, **settings) for i, task in enumerate(tasks)]
+
+    shared = StableDiffusion.from_pretrained(tiny_model, **sizes)
+    loaded, load, start = [], shared._load, threading.Barrier(len(tasks))
+
+    def slow_load(parts):
+        loaded.extend(parts)
+        time.sleep(0.05)  # for the others to come
+        return load(parts)
+
+    def draw(i):
+        start.wait()
+        return shared.generate(**tasks[i], seed=i, **settings), shared.last_seed
+
+    shared._load = slow_load
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        found = [*pool.map(draw, range(len(tasks)))]
+    assert sorted(loaded) == ["decoder", "encoder", "text_encoder", "unet"]
+    for i, (pictures, seed) in enumerate(found):
+        assert seed == i
+        np.testing.assert_array_equal(pictures, expected[i])
+    assert shared.last_seed is None
 
 
 NAN = float("nan")
