@@ -276,7 +276,8 @@ class StableDiffusion:
 
         May be set. Larger pictures are encoded and decoded in overlapping tiles of that size, which
         are blended: the memory is that of one tile. But the autoencoder's norms and attention look
-        at all they see, so tiles differ a little from the whole, small ones more.
+        at all they see, so tiles differ a little from the whole; small ones (of 16 latents a side,
+        say) so much that one may see where they meet.
 
         Raises:
             TypeError, ValueError: it is set to what is no multiple of the autoencoder's factor, or

@@ -46,17 +46,17 @@ def spans(length: int, side: int, gives: int = 1) -> Iterator[tuple[int, int, np
     """Covers `length` cells by spans of `side`, or by one; yields their starts, ends and weights.
 
     The weights, ((end - start) * gives,) float32, sum to 1 over the spans. From one span to the
-    next they change in the middle of what both cover, along a ramp of an eighth of `side`; near
-    an end, where the function misses the picture beyond it, they are 0.
+    next they change along a ramp, three quarters as long as what the two share. Near an end, where
+    the function misses the picture beyond it, they are 0.
     """
     side = min(side, length)
-    overlap, ramp = side // 4, side / 8
-    count = 1 - (side - length) // (side - overlap)
+    count = 1 - (side - length) // (side - side // 4)
     starts = np.linspace(0, length - side, count).round().astype(int)
+    shared = side - np.diff(starts).max(initial=0)
     changes = [-np.inf, *(starts[1:] + starts[:-1] + side) / 2, np.inf]
     for start, (before, after) in zip(starts, pairwise(changes), strict=True):
         at = start + (np.arange(side * gives) + 0.5) / gives
-        weights = _risen(at, before, ramp) - _risen(at, after, ramp)
+        weights = _risen(at, before, shared * 3 / 4) - _risen(at, after, shared * 3 / 4)
         yield int(start), int(start + side), weights.astype(np.float32)
 
 
