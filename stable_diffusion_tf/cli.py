@@ -4,8 +4,10 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +15,7 @@ import click
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
+from stable_diffusion_tf.settings import png_text
 
 STEM = 60  # characters of a prompt in a file's name
 SAMPLERS_TABLE = [
@@ -32,11 +35,24 @@ class Size(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
+class Karras(click.types.BoolParamType):
+    """On or off -> what `generate` calls `schedule`: "karras" or None."""
+
+    name = "karras"
+
+    def convert(self, value: Any, param: Any, context: Any) -> str | None:
+        return "karras" if value == "karras" or super().convert(value, param, context) else None
+
+
+class Setting(click.Option):
+    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter."""
+
+
+setting = partial(click.option, cls=Setting)
+
 # How a model is opened, where that is more than its name.
-VAE = click.option(
-    "--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one."
-)
-PREDICTION = click.option(
+VAE = setting("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
+PREDICTION = setting(
     "--prediction",
     type=click.Choice(["epsilon", "v"]),
     help="What a single file's network predicts, where nothing says it.",
@@ -61,27 +77,34 @@ def main() -> None:
     type=click.File(encoding="utf-8-sig"),
     help="More prompts, one a line; - reads them from standard input.",
 )
-@click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
-@click.option("--literal", is_flag=True, help="Brackets and BREAK in prompts are mere text.")
-@click.option(
+@setting("--negative", "negative_prompt", metavar="TEXT", help="What pictures should not show.")
+@setting(
+    "--emphasis/--literal",
+    default=True,
+    help="Whether brackets and BREAK in prompts have a meaning, or are mere text.",
+)
+@setting(
     "--clip-skip",
     default=1,
     show_default=True,
     help="Layer of the text encoder to end with, from the last; 2 is the one before it.",
 )
-@click.option("--steps", default=25, show_default=True, help="Denoising steps; more is slower.")
-@click.option(
+@setting(
+    "--steps", "num_steps", default=25, show_default=True, help="Denoising steps; more is slower."
+)
+@setting(
     "--guidance",
+    "unconditional_guidance_scale",
     type=float,
     help="How closely to follow the prompt; 1 or less is twice as fast. [default: the model's own]",
 )
-@click.option(
+@setting(
     "--seed",
     type=click.IntRange(-1, 2**64 - 1),
     default=-1,
     help="Number of the first picture; the next ones count on. [default: -1, a random one]",
 )
-@click.option(
+@setting(
     "--rng",
     default="numpy",
     show_default=True,
@@ -91,13 +114,13 @@ def main() -> None:
 @click.option(
     "--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures of each prompt."
 )
-@click.option(
+@setting(
     "--size",
     type=Size(),
     metavar="N|WxH",
     help="Pixels, a side or WIDTHxHEIGHT. [default: the model's own]",
 )
-@click.option(
+@setting(
     "--sampler",
     default="ddim",
     show_default=True,
@@ -105,33 +128,46 @@ def main() -> None:
     type=click.Choice(list(SAMPLERS)),
     help="How to step from noise to picture; see below.",
 )
-@click.option(
-    "--karras", is_flag=True, help="Karras's noise levels, for the samplers that say so below."
+@setting(
+    "--karras/--no-karras",
+    "schedule",
+    type=Karras(),
+    default=None,
+    help="Karras's noise levels, for the samplers that say so below.",
 )
-@click.option("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
-@click.option(
+@setting("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
+@setting(
     "--rescale",
+    "guidance_rescale",
     default=0.0,
     show_default=True,
     help="0 to 1: against the washed-out colours of strong guidance.",
 )
-@click.option("--image", metavar="FILE", type=click.Path(), help="A picture to draw over.")
-@click.option(
-    "--mask", metavar="FILE", type=click.Path(), help="Where to repaint it: white; black is kept."
+@setting(
+    "--image", "input_image", metavar="FILE", type=click.Path(), help="A picture to draw over."
 )
-@click.option(
+@setting(
+    "--mask",
+    "input_mask",
+    metavar="FILE",
+    type=click.Path(),
+    help="Where to repaint it: white; black is kept.",
+)
+@setting(
     "--strength",
+    "input_image_strength",
     default=0.5,
     show_default=True,
     help="How far to leave the picture behind: over 0, up to 1.",
 )
-@click.option(
+@setting(
     "--feather",
+    "mask_feather",
     default=0.0,
     show_default=True,
     help="Pixels over which what is repainted fades in, inwards from the mask's edge.",
 )
-@click.option(
+@setting(
     "--weights",
     default="emoji",
     show_default=True,
@@ -140,13 +176,18 @@ def main() -> None:
 )
 @VAE
 @PREDICTION
-@click.option(
+@setting(
     "--dtype",
     default="float32",
     show_default=True,
     help="Of the networks: float32, float16, bfloat16, mixed_float16 or mixed_bfloat16.",
 )
-@click.option("--jit", is_flag=True, help="Compile with XLA: slower to start, then faster.")
+@setting(
+    "--jit/--no-jit",
+    "jit_compile",
+    default=False,
+    help="Compile with XLA: slower to start, then faster.",
+)
 @click.option(
     "--output",
     default="outputs",
@@ -158,30 +199,18 @@ def main() -> None:
 def generate(
     prompts: tuple[str, ...],
     prompts_file: TextIO | None,
-    negative: str | None,
-    literal: bool,
-    clip_skip: int,
-    steps: int,
-    guidance: float | None,
-    seed: int,
-    rng: str,
     batch: int,
+    output: Path,
+    quiet: bool,
+    *,
+    seed: int,
     size: tuple[int, int] | None,
-    sampler: str,
-    karras: bool,
-    eta: float,
-    rescale: float,
-    image: str | None,
-    mask: str | None,
-    strength: float,
-    feather: float,
     weights: str,
     vae: str | None,
     prediction: str | None,
     dtype: str,
-    jit: bool,
-    output: Path,
-    quiet: bool,
+    jit_compile: bool,
+    **drawing: Any,
 ) -> None:
     """Draw a picture of each PROMPT, from nothing or over another picture.
 
@@ -199,7 +228,6 @@ def generate(
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
       sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
     """
-    schedule = "karras" if karras else None
     with errors_in_one_line():
         prompts += read_prompts(prompts_file)
         if not prompts:
@@ -208,80 +236,65 @@ def generate(
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with quiet_import():
-            from stable_diffusion_tf.images import free_path, png_text, save_png
+            from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+            from stable_diffusion_tf.checkpoints.hub import sha256
+            from stable_diffusion_tf.images import free_path, save_png
             from stable_diffusion_tf.pipeline import StableDiffusion
 
+        checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
-            weights,
+            checkpoint,
             img_height=height,
             img_width=width,
             dtype=dtype,
-            jit_compile=jit,
-            vae=vae,
-            prediction=prediction,
+            jit_compile=jit_compile,
         )
         # All pictures are checked before the first is drawn.
-        sd.tokenize(prompts, "prompt", emphasis=not literal)
+        sd.tokenize(prompts, "prompt", emphasis=drawing["emphasis"])
         seeds = picture_seeds(seed, len(prompts) * batch)
+        if drawing["unconditional_guidance_scale"] is None:
+            drawing["unconditional_guidance_scale"] = sd.config.guidance
         settings = {
-            "negative_prompt": negative,
-            "literal": literal,
-            "clip_skip": clip_skip,
-            "rng": rng,
-            "steps": steps,
-            "sampler": sampler,
-            "schedule": schedule,
-            "guidance": sd.config.guidance if guidance is None else guidance,
+            **drawing,
             "size": f"{sd.img_width}x{sd.img_height}",
-            "eta": eta,
-            "rescale": rescale,
-            "dtype": dtype,
-            "model": readable(sd.config.name),
-            "weights": readable(weights),
-            "vae": readable(vae),
+            "weights": weights,
+            "vae": vae,
             "prediction": prediction,
+            "dtype": dtype,
+            "jit_compile": jit_compile,
         }
-        if image is not None:
-            settings |= {
-                "image": readable(image),
-                "mask": readable(mask),
-                "strength": strength,
-                "feather": feather,
-            }
+        facts = {"version": installed_version(), "model": sd.config.name}
+        # Once, for a file of gigabytes; of the networks it is the one that models differ in.
+        model_hash = cache(lambda: sha256(checkpoint.files["unet"])[:10])
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for i, prompt in enumerate(prompts):
             its_seeds = seeds[i * batch : (i + 1) * batch]
             pictures = sd.generate(
-                prompt,
-                negative,
-                batch,
-                steps,
-                guidance,
-                seed=its_seeds,
-                rng=rng,
-                clip_skip=clip_skip,
-                emphasis=not literal,
-                input_image=image,
-                input_mask=mask,
-                input_image_strength=strength,
-                mask_feather=feather,
-                sampler=sampler,
-                schedule=schedule,
-                eta=eta,
-                guidance_rescale=rescale,
-                progress=not quiet,
+                prompt, batch_size=batch, seed=its_seeds, progress=not quiet, **drawing
             )
-            for picture, seed in zip(pictures, its_seeds, strict=True):
-                text = png_text({"prompt": prompt, "seed": seed, **settings})
+            facts |= {"model_hash": model_hash(), "batch_seeds": its_seeds}
+            for picture, its_seed in zip(pictures, its_seeds, strict=True):
+                made = {"prompt": prompt, "seed": its_seed, **settings}
+                text = png_text(readable(made), readable(facts))
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
                 if not quiet:
-                    click.echo(f"seed {seed}", err=True)
+                    click.echo(f"seed {its_seed}", err=True)
 
 
-def readable(name: str | None) -> str | None:
-    """A file's name as text that a PNG can store, whatever bytes it has."""
-    return name and os.fsencode(name).decode("utf-8", "replace")
+def readable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with all text as a PNG can store it: files' names may be of any bytes."""
+    return {
+        name: os.fsencode(value).decode("utf-8", "replace") if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def installed_version() -> str:
+    try:
+        return version("stable-diffusion-tf")
+    except PackageNotFoundError:  # run from its source
+        return "unknown"
 
 
 def read_prompts(file: TextIO | None) -> tuple[str, ...]:

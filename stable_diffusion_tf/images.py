@@ -3,7 +3,6 @@
 Arrays are channels-last: one picture (H, W, 3), or several (N, H, W, 3).
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -220,7 +219,7 @@ def save_png(
     Args:
         image: uint8 (H, W, 3), or float in [0, 1], which is rounded.
         path: a new file, or a name reserved by `free_path`; pictures are never overwritten.
-        text: the PNG's text chunks by keyword (see `png_text`).
+        text: the PNG's text chunks by keyword.
 
     Raises:
         FileExistsError: there is something at `path`.
@@ -251,29 +250,6 @@ def _encode(image: np.ndarray, text: Mapping[str, str]) -> memoryview:
     encoded = BytesIO()
     Image.fromarray(image).save(encoded, "png", pnginfo=chunks)
     return encoded.getbuffer()
-
-
-def png_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """How a picture was made -> PNG text, to make it again.
-
-    `settings` is what JSON can hold, "prompt" and "negative_prompt" included. The keyword
-    `stable_diffusion_tf` holds it exactly, as JSON; `parameters` is the same for reading, laid
-    out as most Stable Diffusion programs do: the prompts, then "Steps: 25, Seed: 1".
-    """
-    lines = [str(settings.get("prompt") or "")]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(
-        ", ".join(
-            f"{name.replace('_', ' ').capitalize()}: {value}"
-            for name, value in settings.items()
-            if name not in ("prompt", "negative_prompt") and value is not None
-        )
-    )
-    return {
-        "parameters": "\n".join(lines),
-        "stable_diffusion_tf": json.dumps(dict(settings), ensure_ascii=False),
-    }
 
 
 def contact_sheet(

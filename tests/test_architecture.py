@@ -14,7 +14,7 @@ BACKENDS = {"tensorflow", "jax", "torch"}
 
 ROWS = [
     {"files"},
-    {"config", "images", "compile", "tokenizer", "samplers", "tiling"},
+    {"config", "images", "settings", "compile", "tokenizer", "samplers", "tiling"},
     {"arguments", "models", "diffusion"},
     {"checkpoints"},
     {"pipeline"},
@@ -25,7 +25,7 @@ ROWS = [
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 
 # Beyond their rows: these know less than they could.
-ALONE = {"config", "compile", "tokenizer", "samplers", "tiling"}
+ALONE = {"config", "settings", "compile", "tokenizer", "samplers", "tiling"}
 ALLOWED = {
     "arguments": {"images"},
     "models": {"config"},

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -152,10 +153,16 @@ Part = Callable[[Sequence[Any]], list[Match]]  # what fills a network's variable
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened source, of whatever format: what model it is, and what fills which networks."""
+    """An opened source, of whatever format: what model it is, and what fills which networks.
+
+    Attributes:
+        files: which file each network's weights are in, as soon as they were matched; of weights
+            in shards, their index.
+    """
 
     config: ModelConfig
     parts: Mapping[str, Part]
+    files: dict[str, Path] = field(default_factory=dict)
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
         """What fills the variables of "text_encoder", "unet", "encoder" or "decoder".
@@ -168,7 +175,9 @@ class Checkpoint:
                 f"{self.config.name} has no {part}, only {', '.join(self.parts)}; name a file that "
                 "holds it."
             )
-        return self.parts[part](variables)
+        matches = self.parts[part](variables)
+        self.files[part] = matches[0].file.path
+        return matches
 
 
 def misfit(file: TensorFile, name: str, needed: tuple[int, ...]) -> list[str]:
