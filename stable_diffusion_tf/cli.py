@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple, TextIO
 
 import click
+from click.core import ParameterSource
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
-from stable_diffusion_tf.settings import png_text
+from stable_diffusion_tf.settings import KEYWORD, png_text, read_settings
 
 STEM = 60  # characters of a prompt in a file's name
 SAMPLERS_TABLE = [
@@ -29,7 +30,7 @@ class Size(click.ParamType):
 
     def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
         """ "64" or "64x96" -> (width, height)."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", str(value))
         if not match:
             self.fail(f"{value!r} is neither a side (512) nor WIDTHxHEIGHT (512x768)", param)
         return int(match[1]), int(match[2] or match[1])
@@ -49,6 +50,110 @@ class Setting(click.Option):
 
 
 setting = partial(click.option, cls=Setting)
+
+
+class Like(NamedTuple):
+    """A PNG whose picture is to be drawn again, perhaps with changes."""
+
+    path: str
+    prompt: str
+    seed: int
+    facts: dict[str, Any]
+
+
+def take_settings(context: click.Context, _: click.Parameter, path: str | None) -> Like | None:
+    """Makes the settings that a PNG has the defaults of the options.
+
+    A stranger may have written them: they pass the same checks as those on the command line.
+    """
+    if path is None or context.resilient_parsing:
+        return None
+    from stable_diffusion_tf.images import read_png_text
+
+    with errors_in_one_line():
+        text = read_png_text(path)
+        try:
+            settings, facts = read_settings(text)
+            like = Like(path, settings.pop("prompt", None), settings.get("seed"), facts)
+            given = {name: str(value) for name, value in settings.items() if value is not None}
+            check_settings(context, given)
+            check_batch(like, given)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be drawn again: {error}.") from None
+        context.default_map = given
+        return like
+
+
+def check_settings(context: click.Context, given: Mapping[str, str]) -> None:
+    """Raises ValueError if settings are none that this version has, or out of range."""
+    options = {o.name: o for o in context.command.params if isinstance(o, Setting)}
+    if unknown := sorted(given.keys() - options):
+        names = ", ".join(map(repr, unknown[:5]))
+        raise ValueError(f"this version has no settings {names}; a newer one may")
+    for name, value in given.items():
+        try:
+            options[name].type_cast_value(context, value)
+        except click.BadParameter as error:
+            raise ValueError(f"its {name}: {error.message.rstrip('.')}") from None
+        if name in FILES and PureWindowsPath(value).drive.startswith("\\\\"):
+            raise ValueError(
+                f"its {name} {value!r} is on another computer; if you trust that, give it with "
+                f"{options[name].opts[0]}"
+            )
+
+
+def check_batch(like: Like, given: Mapping[str, str]) -> None:
+    """Raises ValueError if what says which pictures were drawn together is damaged or too much."""
+    from stable_diffusion_tf.images import MAX_PIXELS
+
+    seeds = like.facts.get("batch_seeds")
+    if not (
+        isinstance(like.prompt, str)
+        and "size" in given
+        and isinstance(seeds, list)
+        and all(type(seed) is int for seed in seeds)
+        and like.seed in seeds
+    ):
+        raise ValueError("the text that says how to draw it is damaged")
+    width, height = Size().convert(given["size"], None, None)
+    if len(seeds) * width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it asks for {len(seeds)} pictures of {given['size']} at once, over {MAX_PIXELS:,} "
+            "pixels"
+        )
+
+
+def taken(context: click.Context, name: str) -> bool:
+    """Whether a setting is the PNG's, for want of one on the command line."""
+    return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+
+
+def changed(context: click.Context) -> bool:
+    """Whether the command line says anything about what is drawn."""
+    return any(
+        context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        for option in context.command.params
+        if isinstance(option, Setting) or option.name == "batch"
+    )
+
+
+def check_inputs(context: click.Context, like: Like) -> None:
+    """Raises ValueError if the pictures that a PNG was drawn over are gone or others by now."""
+    from stable_diffusion_tf.checkpoints.hub import sha256
+
+    for name, option in (("input_image", "--image"), ("input_mask", "--mask")):
+        if not taken(context, name):
+            continue
+        path = Path(context.params[name])
+        if not path.is_file() or sha256(path) != like.facts.get(f"{name}_sha256"):
+            state = "is not the same now" if path.is_file() else "is not here"
+            raise ValueError(
+                f"{like.path} cannot be drawn again: its {name} {str(path)!r} {state}; give one "
+                f"with {option}."
+            )
+
+
+FILES = ("weights", "vae", "input_image", "input_mask")
 
 # How a model is opened, where that is more than its name.
 VAE = setting("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
@@ -76,6 +181,14 @@ def main() -> None:
     metavar="FILE",
     type=click.File(encoding="utf-8-sig"),
     help="More prompts, one a line; - reads them from standard input.",
+)
+@click.option(
+    "--like",
+    metavar="PNG",
+    type=click.Path(),
+    is_eager=True,
+    callback=take_settings,
+    help="Draw this picture again: its prompt and settings, where none are given here.",
 )
 @setting("--negative", "negative_prompt", metavar="TEXT", help="What pictures should not show.")
 @setting(
@@ -196,9 +309,12 @@ def main() -> None:
     type=click.Path(file_okay=False, writable=True, path_type=Path),
 )
 @click.option("--quiet", is_flag=True, help="No progress bars; only the pictures' paths.")
+@click.pass_context
 def generate(
+    context: click.Context,
     prompts: tuple[str, ...],
     prompts_file: TextIO | None,
+    like: Like | None,
     batch: int,
     output: Path,
     quiet: bool,
@@ -215,8 +331,9 @@ def generate(
     """Draw a picture of each PROMPT, from nothing or over another picture.
 
     Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
-    The seed and all other settings are stored in the PNG. The same seed and settings draw the same
-    picture again.
+    The seed and all other settings are stored in the PNG; `sdtf info` prints them, and --like draws
+    the picture again, bit for bit with the same machine and versions. What is given beside it, a
+    prompt or settings, counts; the rest is the PNG's.
 
     \b
     Examples:
@@ -227,20 +344,29 @@ def generate(
       sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
       sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
+      sdtf generate --like outputs/a-house.png --steps 100
     """
     with errors_in_one_line():
         prompts += read_prompts(prompts_file)
+        repeated = like is not None and not prompts and not changed(context)
+        if like is not None:
+            prompts = prompts or (like.prompt,)
+            check_inputs(context, like)
         if not prompts:
-            raise click.UsageError("give a PROMPT, or a --prompts-file with one a line")
+            raise click.UsageError(
+                "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
+            )
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with quiet_import():
-            from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+            from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
             from stable_diffusion_tf.checkpoints.hub import sha256
             from stable_diffusion_tf.images import free_path, save_png
             from stable_diffusion_tf.pipeline import StableDiffusion
 
+        if taken(context, "weights") and is_on_hub(weights):
+            click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
         checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
@@ -252,7 +378,10 @@ def generate(
         )
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt", emphasis=drawing["emphasis"])
-        seeds = picture_seeds(seed, len(prompts) * batch)
+        wanted = picture_seeds(seed, len(prompts) * batch)
+        batches = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
+        if repeated:  # and all that were drawn beside it: a picture's last bits depend on them
+            wanted, batches = [like.seed], [like.facts["batch_seeds"]]
         if drawing["unconditional_guidance_scale"] is None:
             drawing["unconditional_guidance_scale"] = sd.config.guidance
         settings = {
@@ -267,14 +396,25 @@ def generate(
         facts = {"version": installed_version(), "model": sd.config.name}
         # Once, for a file of gigabytes; of the networks it is the one that models differ in.
         model_hash = cache(lambda: sha256(checkpoint.files["unet"])[:10])
+        for name in ("input_image", "input_mask"):
+            if drawing[name] is not None:
+                facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
+        if taken(context, "weights"):
+            _ = sd.diffusion_model  # which file it is in is known when it is read
+            if model_hash() != like.facts.get("model_hash"):
+                raise CheckpointError(
+                    f"{like.path} cannot be drawn again: {weights} is another model now, its hash "
+                    f"is {model_hash()}; give one with --weights."
+                )
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
-        for i, prompt in enumerate(prompts):
-            its_seeds = seeds[i * batch : (i + 1) * batch]
+        for prompt, seeds in zip(prompts, batches, strict=True):
             pictures = sd.generate(
-                prompt, batch_size=batch, seed=its_seeds, progress=not quiet, **drawing
+                prompt, batch_size=len(seeds), seed=seeds, progress=not quiet, **drawing
             )
-            facts |= {"model_hash": model_hash(), "batch_seeds": its_seeds}
-            for picture, its_seed in zip(pictures, its_seeds, strict=True):
+            facts |= {"model_hash": model_hash(), "batch_seeds": seeds}
+            for picture, its_seed in zip(pictures, seeds, strict=True):
+                if its_seed not in wanted:
+                    continue
                 made = {"prompt": prompt, "seed": its_seed, **settings}
                 text = png_text(readable(made), readable(facts))
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
@@ -337,6 +477,30 @@ def convert(source: str, target: Path, dtype: str, vae: str | None, prediction: 
             from stable_diffusion_tf.checkpoints.save import convert
         convert(source, target, dtype, vae=vae, prediction=prediction)
     click.echo(target)
+
+
+@main.command(no_args_is_help=True)
+@click.argument("picture", metavar="PNG", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="All settings exactly, of our own PNGs.")
+def info(picture: str, as_json: bool) -> None:
+    """Print how the picture in a PNG was drawn, by this program or by another.
+
+    Others, such as A1111's web UI, leave the same text: the prompts, then the settings.
+    """
+    from stable_diffusion_tf.images import read_png_text
+
+    with errors_in_one_line():
+        text = read_png_text(picture)
+        key = KEYWORD if as_json else "parameters"
+        if key not in text:
+            raise ValueError(f"{picture} does not say how it was drawn: it has no text {key!r}.")
+        click.echo(printable(text[key]))
+
+
+def printable(text: str) -> str:
+    """A stranger's text for the screen: what could steer a terminal, as escapes."""
+    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(steering, lambda match: ascii(match[0])[1:-1], text)
 
 
 @main.group()
@@ -474,7 +638,7 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
     except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
         if drawing() and not isinstance(error, CheckpointError | OSError | FloatingPointError):
             raise
-        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

@@ -5,11 +5,13 @@ Arrays are channels-last: one picture (H, W, 3), or several (N, H, W, 3).
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
@@ -21,6 +23,9 @@ ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
 # What is opened: not EPS, which is a program, nor TGA, which any file could be.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+MAX_TEXT = 2**22  # bytes of a PNG's text to read; some programs keep whole workflows there
+MAX_CHUNKS = 2**16  # of a PNG to look at
 MAX_PIXELS = 2**25  # of a picture to load; a few kilobytes of PNG can unfold to gigabytes
 
 
@@ -250,6 +255,70 @@ def _encode(image: np.ndarray, text: Mapping[str, str]) -> memoryview:
     encoded = BytesIO()
     Image.fromarray(image).save(encoded, "png", pnginfo=chunks)
     return encoded.getbuffer()
+
+
+def read_png_text(path: str | os.PathLike) -> dict[str, str]:
+    """The text chunks of a PNG by keyword, wherever they stand; no pixel is decoded.
+
+    Of chunks with the same keyword the first counts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no PNG, or cut short or damaged there; or it has over `MAX_TEXT` bytes of
+            text, unpacked, or over `MAX_CHUNKS` chunks.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        raise ValueError(f"{path} is no file.")
+    with path.open("rb") as file:
+        if file.read(len(PNG_MAGIC)) != PNG_MAGIC:
+            raise ValueError(f"{path} is no PNG.")
+        try:
+            return dict(reversed(list(_text_chunks(file))))
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged, or of a kind not supported: {error}.") from None
+
+
+def _text_chunks(file: BinaryIO) -> Iterator[tuple[str, str]]:
+    """Keywords and texts, as the PNG specification has them (section 11.3.3)."""
+    left = MAX_TEXT
+    for _ in range(MAX_CHUNKS):
+        size, kind = struct.unpack(">I4s", _exactly(8, file))
+        if kind == b"IEND":
+            return
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(size + 4, os.SEEK_CUR)
+            continue
+        left = _less(left, size)
+        data = _exactly(size, file)
+        if _exactly(4, file) != struct.pack(">I", zlib.crc32(kind + data)):
+            raise ValueError("the checksum of its text is wrong")
+        keyword, _, data = data.partition(b"\0")
+        packed = kind == b"zTXt" or (kind == b"iTXt" and data[:1] == b"\1")
+        data = data[{b"tEXt": 0, b"zTXt": 1, b"iTXt": 2}[kind] :]  # after flag and method
+        if kind == b"iTXt":
+            _language, _translated, data = data.split(b"\0", 2)
+        if packed:
+            unpacking = zlib.decompressobj()
+            data = unpacking.decompress(data, left + 1)
+            left = _less(left, len(data))
+            if not unpacking.eof:
+                raise ValueError("its packed text is cut short")
+        yield keyword.decode("latin-1"), data.decode("utf-8" if kind == b"iTXt" else "latin-1")
+    raise ValueError(f"it has over {MAX_CHUNKS:,} chunks")
+
+
+def _exactly(size: int, file: BinaryIO) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise ValueError("it is cut short")
+    return data
+
+
+def _less(left: int, size: int) -> int:
+    if size > left:
+        raise ValueError(f"it has over {MAX_TEXT:,} bytes of text")
+    return left - size
 
 
 def contact_sheet(

@@ -21,17 +21,6 @@ from stable_diffusion_tf.samplers import SAMPLERS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def sdtf(tmp_path, tiny_model, monkeypatch):
-    """Runs `sdtf generate` in an empty folder, with a tiny model."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        return CliRunner().invoke(main, ["generate", "--weights", str(tiny_model), *arguments])
-
-    return run
-
-
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image)
@@ -273,7 +262,7 @@ def test_only_what_a_user_can_mend_is_said_in_one_line_while_drawing(
         (["a", "--batch", "0"], "--batch"),
         (["a", "--seed", "-2"], "--seed"),
         (["a", "--rng", "cuda"], "'cuda' is not one of 'numpy', 'torch'"),
-        (["--quiet"], "give a PROMPT, or a --prompts-file"),
+        (["--quiet"], "give a PROMPT, a --prompts-file with one a line, or a picture"),
     ],
 )
 def test_wrong_usage_is_explained(sdtf, arguments, message):

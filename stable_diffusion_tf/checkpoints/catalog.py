@@ -257,6 +257,13 @@ def _fetch_and_match(
     return open_parts({part: fetch(file)}, config).match(part, variables)
 
 
+def is_on_hub(source: str) -> bool:
+    """Whether `open_checkpoint` would take the source from a hub, or from its cache."""
+    if source in PRESETS:
+        return bool(PRESETS[source].files)
+    return not Path(source).exists() and hub_file(source) is not None
+
+
 def hub_file(source: Source) -> HubFile | None:
     """What "owner/name/path" names, or "owner/name", whose file name is ""; else None."""
     if not isinstance(source, str):
