@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, TextIO
 
 import click
+import numpy as np
 from click.core import ParameterSource
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
@@ -19,6 +20,8 @@ from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
 from stable_diffusion_tf.settings import KEYWORD, png_text, read_settings
 
 STEM = 60  # characters of a prompt in a file's name
+STEM_BYTES = 180  # of 255 that a name may have; the rest is for numbers, and a temporary name's
+DEVICES = "con|prn|aux|nul|(com|lpt)[0-9¹²³]"  # to Windows, whatever the suffix
 SAMPLERS_TABLE = [
     f"{name:16} {sampler.description}{'; karras' if sampler.takes_karras else ''}"
     for name, sampler in SAMPLERS.items()
@@ -308,6 +311,9 @@ def main() -> None:
     metavar="FOLDER",
     type=click.Path(file_okay=False, writable=True, path_type=Path),
 )
+@click.option(
+    "--grid", is_flag=True, help="One more picture, grid.png, with all of them and their prompts."
+)
 @click.option("--quiet", is_flag=True, help="No progress bars; only the pictures' paths.")
 @click.pass_context
 def generate(
@@ -317,6 +323,7 @@ def generate(
     like: Like | None,
     batch: int,
     output: Path,
+    grid: bool,
     quiet: bool,
     *,
     seed: int,
@@ -338,7 +345,7 @@ def generate(
     \b
     Examples:
       sdtf generate "a red apple, noto style"
-      sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7
+      sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7 --grid
       sdtf generate "a house" --negative "tree" --steps 50 --guidance 5
       sdtf generate "a green apple" --image apple.png --strength 0.6
       sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
@@ -362,7 +369,7 @@ def generate(
         with quiet_import():
             from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
             from stable_diffusion_tf.checkpoints.hub import sha256
-            from stable_diffusion_tf.images import free_path, save_png
+            from stable_diffusion_tf.images import contact_sheet, free_path, save_png
             from stable_diffusion_tf.pipeline import StableDiffusion
 
         if taken(context, "weights") and is_on_hub(weights):
@@ -406,6 +413,7 @@ def generate(
                     f"{like.path} cannot be drawn again: {weights} is another model now, its hash "
                     f"is {model_hash()}; give one with --weights."
                 )
+    drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for prompt, seeds in zip(prompts, batches, strict=True):
             pictures = sd.generate(
@@ -418,8 +426,14 @@ def generate(
                 made = {"prompt": prompt, "seed": its_seed, **settings}
                 text = png_text(readable(made), readable(facts))
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
+                drawn.append(picture)
+                labels.append(f"{its_seed}: {prompt}")
                 if not quiet:
                     click.echo(f"seed {its_seed}", err=True)
+        if grid:
+            a_row_each = batch if batch > 1 and len(prompts) > 1 else None
+            sheet = contact_sheet(np.stack(drawn), a_row_each, labels)
+            click.echo(save_png(sheet, free_path(output, "grid")))
 
 
 def readable(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -591,9 +605,12 @@ def samplers() -> None:
 
 
 def slug(prompt: str) -> str:
-    """A prompt as a file's name: its words, lower case, joined by hyphens."""
-    words = re.findall(r"\w+", prompt.lower())
-    return "-".join(words)[:STEM].rstrip("-") or "picture"
+    """A prompt as a file's name on any system: its words, lower case, joined by hyphens."""
+    stem = "-".join(re.findall(r"\w+", prompt.lower()))[:STEM]
+    stem = stem.encode()[:STEM_BYTES].decode(errors="ignore").strip("-")
+    if not stem or re.fullmatch(DEVICES, stem):
+        return f"picture-{stem}".rstrip("-")
+    return stem
 
 
 def check_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT = 2**22  # bytes of a PNG's text to read; some programs keep whole workflows there
 MAX_CHUNKS = 2**16  # of a PNG to look at
+LABELLED = 128  # pixels in width, at the least, of a picture with a label
 MAX_PIXELS = 2**25  # of a picture to load; a few kilobytes of PNG can unfold to gigabytes
 
 
@@ -332,7 +333,8 @@ def contact_sheet(
     Args:
         images: uint8 (N, H, W, 3).
         columns: pictures a row; without it, about as many as rows.
-        labels: N texts, one under each picture, shortened to its width.
+        labels: N texts, one under each picture, shortened to its width. Pictures under `LABELLED`
+            pixels wide are enlarged for them, a whole number of times.
         gap: pixels around each picture.
 
     Returns:
@@ -345,6 +347,9 @@ def contact_sheet(
         raise ValueError(f"A contact sheet takes pictures (N, H, W, 3), not {images.shape}.")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} pictures, but {len(labels)} labels.")
+    if labels is not None:
+        zoom = math.ceil(LABELLED / images.shape[2])
+        images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

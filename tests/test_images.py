@@ -378,11 +378,20 @@ def test_contact_sheet_places_pictures_row_by_row(picture):
 
 
 def test_contact_sheet_labels_fit_under_their_pictures():
-    black = np.zeros((2, 32, 32, 3), np.uint8)
+    black = np.zeros((2, 200, 200, 3), np.uint8)
     plain = images.contact_sheet(black, columns=1)
-    sheet = images.contact_sheet(black, columns=1, labels=["a", "a very long label"])
+    sheet = images.contact_sheet(black, columns=1, labels=["a", "a long label" * 20])
 
     assert sheet.shape[0] > plain.shape[0] and sheet.shape[1] == plain.shape[1]
     assert (sheet[:, -2:] == 255).all()  # the long label stops before the edge
     with pytest.raises(ValueError, match="1 labels"):
         images.contact_sheet(black, labels=["one"])
+
+
+@pytest.mark.parametrize(("width", "enlarged"), [(32, 128), (100, 200), (128, 128), (129, 129)])
+def test_small_pictures_are_enlarged_whole_times_for_their_labels(width, enlarged):
+    picture = np.random.default_rng(0).integers(0, 256, (1, 8, width, 3), dtype=np.uint8)
+    sheet = images.contact_sheet(picture, labels=["a"], gap=0)
+    zoom = enlarged // width
+    assert sheet.shape[1] == enlarged
+    np.testing.assert_array_equal(sheet[: 8 * zoom : zoom, ::zoom], picture[0])
