@@ -6,18 +6,27 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple, TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 import numpy as np
-from click.core import ParameterSource
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
+from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
+from stable_diffusion_tf.repeat import (
+    Like,
+    changed,
+    check_inputs,
+    check_model,
+    setting,
+    take_settings,
+    taken,
+)
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
-from stable_diffusion_tf.settings import KEYWORD, png_text, read_settings
+from stable_diffusion_tf.settings import KEYWORD, png_text
 
 STEM = 60  # characters of a prompt in a file's name
 STEM_BYTES = 180  # of 255 that a name may have; the rest is for numbers, and a temporary name's
@@ -48,115 +57,12 @@ class Karras(click.types.BoolParamType):
         return "karras" if value == "karras" or super().convert(value, param, context) else None
 
 
-class Setting(click.Option):
-    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter."""
-
-
-setting = partial(click.option, cls=Setting)
-
-
-class Like(NamedTuple):
-    """A PNG whose picture is to be drawn again, perhaps with changes."""
-
-    path: str
-    prompt: str
-    seed: int
-    facts: dict[str, Any]
-
-
-def take_settings(context: click.Context, _: click.Parameter, path: str | None) -> Like | None:
-    """Makes the settings that a PNG has the defaults of the options.
-
-    A stranger may have written them: they pass the same checks as those on the command line.
-    """
+def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Like | None:
     if path is None or context.resilient_parsing:
         return None
-    from stable_diffusion_tf.images import read_png_text
-
     with errors_in_one_line():
-        text = read_png_text(path)
-        try:
-            settings, facts = read_settings(text)
-            like = Like(path, settings.pop("prompt", None), settings.get("seed"), facts)
-            given = {name: str(value) for name, value in settings.items() if value is not None}
-            check_settings(context, given)
-            check_batch(like, given)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be drawn again: {error}.") from None
-        context.default_map = given
-        return like
+        return take_settings(context, path)
 
-
-def check_settings(context: click.Context, given: Mapping[str, str]) -> None:
-    """Raises ValueError if settings are none that this version has, or out of range."""
-    options = {o.name: o for o in context.command.params if isinstance(o, Setting)}
-    if unknown := sorted(given.keys() - options):
-        names = ", ".join(map(repr, unknown[:5]))
-        raise ValueError(f"this version has no settings {names}; a newer one may")
-    for name, value in given.items():
-        try:
-            options[name].type_cast_value(context, value)
-        except click.BadParameter as error:
-            raise ValueError(f"its {name}: {error.message.rstrip('.')}") from None
-        if name in FILES and PureWindowsPath(value).drive.startswith("\\\\"):
-            raise ValueError(
-                f"its {name} {value!r} is on another computer; if you trust that, give it with "
-                f"{options[name].opts[0]}"
-            )
-
-
-def check_batch(like: Like, given: Mapping[str, str]) -> None:
-    """Raises ValueError if what says which pictures were drawn together is damaged or too much."""
-    from stable_diffusion_tf.images import MAX_PIXELS
-
-    seeds = like.facts.get("batch_seeds")
-    if not (
-        isinstance(like.prompt, str)
-        and "size" in given
-        and isinstance(seeds, list)
-        and all(type(seed) is int for seed in seeds)
-        and like.seed in seeds
-    ):
-        raise ValueError("the text that says how to draw it is damaged")
-    width, height = Size().convert(given["size"], None, None)
-    if len(seeds) * width * height > MAX_PIXELS:
-        raise ValueError(
-            f"it asks for {len(seeds)} pictures of {given['size']} at once, over {MAX_PIXELS:,} "
-            "pixels"
-        )
-
-
-def taken(context: click.Context, name: str) -> bool:
-    """Whether a setting is the PNG's, for want of one on the command line."""
-    return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
-
-
-def changed(context: click.Context) -> bool:
-    """Whether the command line says anything about what is drawn."""
-    return any(
-        context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
-        for option in context.command.params
-        if isinstance(option, Setting) or option.name == "batch"
-    )
-
-
-def check_inputs(context: click.Context, like: Like) -> None:
-    """Raises ValueError if the pictures that a PNG was drawn over are gone or others by now."""
-    from stable_diffusion_tf.checkpoints.hub import sha256
-
-    for name, option in (("input_image", "--image"), ("input_mask", "--mask")):
-        if not taken(context, name):
-            continue
-        path = Path(context.params[name])
-        if not path.is_file() or sha256(path) != like.facts.get(f"{name}_sha256"):
-            state = "is not the same now" if path.is_file() else "is not here"
-            raise ValueError(
-                f"{like.path} cannot be drawn again: its {name} {str(path)!r} {state}; give one "
-                f"with {option}."
-            )
-
-
-FILES = ("weights", "vae", "input_image", "input_mask")
 
 # How a model is opened, where that is more than its name.
 VAE = setting("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
@@ -190,7 +96,7 @@ def main() -> None:
     metavar="PNG",
     type=click.Path(),
     is_eager=True,
-    callback=take_settings,
+    callback=like_png,
     help="Draw this picture again: its prompt and settings, where none are given here.",
 )
 @setting("--negative", "negative_prompt", metavar="TEXT", help="What pictures should not show.")
@@ -369,7 +275,6 @@ def generate(
         with quiet_import():
             from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
             from stable_diffusion_tf.checkpoints.hub import sha256
-            from stable_diffusion_tf.images import contact_sheet, free_path, save_png
             from stable_diffusion_tf.pipeline import StableDiffusion
 
         if taken(context, "weights") and is_on_hub(weights):
@@ -408,11 +313,7 @@ def generate(
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
         if taken(context, "weights"):
             _ = sd.diffusion_model  # which file it is in is known when it is read
-            if model_hash() != like.facts.get("model_hash"):
-                raise CheckpointError(
-                    f"{like.path} cannot be drawn again: {weights} is another model now, its hash "
-                    f"is {model_hash()}; give one with --weights."
-                )
+            check_model(like, weights, model_hash())
     drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for prompt, seeds in zip(prompts, batches, strict=True):
@@ -501,8 +402,6 @@ def info(picture: str, as_json: bool) -> None:
 
     Others, such as A1111's web UI, leave the same text: the prompts, then the settings.
     """
-    from stable_diffusion_tf.images import read_png_text
-
     with errors_in_one_line():
         text = read_png_text(picture)
         key = KEYWORD if as_json else "parameters"

@@ -19,6 +19,7 @@ ROWS = [
     {"checkpoints"},
     {"pipeline"},
     {"training"},
+    {"repeat"},
     {"cli"},
     {"__main__"},
 ]

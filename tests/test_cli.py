@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
-from stable_diffusion_tf.cli import Setting, main, quiet_import, slug
+from stable_diffusion_tf.cli import main, quiet_import, slug
 from stable_diffusion_tf.images import free_path, save_png
+from stable_diffusion_tf.repeat import Setting
 from stable_diffusion_tf.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]

@@ -119,7 +119,7 @@ class TestWhatCannotBeRepeated:
             ({"schedule": "karras"}, "schedule 'karras' does not apply"),
             ({"facts": {"batch_seeds": "many"}}, "is damaged"),
             ({"facts": {"batch_seeds": []}}, "is damaged"),
-            ({"facts": {"model_hash": "0123456789"}}, "is another model now, its hash is"),
+            ({"facts": {"model_hash": "0123456789"}}, "is another model now, whose hash is"),
             ({"weights": "emojis"}, "Unknown weights 'emojis'"),
             ({"weights": "/dev/zero"}, "is no regular file"),
             ({"weights": "\\\\evil\\share\\model"}, "is on another computer"),
@@ -127,7 +127,7 @@ class TestWhatCannotBeRepeated:
             ({"vae": "nowhere"}, "nowhere"),
             ({"input_image": "gone.png"}, "its input_image 'gone.png' is not here; give one"),
             ({"input_image": "/dev/zero"}, "is not here"),
-            ({"input_image": "outputs/a-cat.png"}, "is not the same now; give one with --image"),
+            ({"input_image": "outputs/a-cat.png"}, "is another one now; give one with --image"),
         ],
     )
     def test_is_said_in_one_line(self, sdtf, cat, changed, message):
@@ -152,7 +152,7 @@ class TestWhatCannotBeRepeated:
         Image.new("RGB", (32, 32), "blue").save("photo.png")
         result = sdtf("--like", first, "--quiet", weights=None)
         assert result.stderr == (
-            f"Error: {first} cannot be drawn again: its input_image 'photo.png' is not the same "
+            f"Error: {first} cannot be drawn again: its input_image 'photo.png' is another one "
             "now; give one with --image.\n"
         )
         result = sdtf("--like", first, "--image", "moved.png", "--quiet", weights=None)
