@@ -306,13 +306,17 @@ def generate(
             "jit_compile": jit_compile,
         }
         facts = {"version": installed_version(), "model": sd.config.name}
-        # Once, for a file of gigabytes; of the networks it is the one that models differ in.
-        model_hash = cache(lambda: sha256(checkpoint.files["unet"])[:10])
+
+        @cache  # it may be a file of gigabytes
+        def model_hash():
+            """Of the file with the UNet, the network that models differ in."""
+            (match, *_) = checkpoint.match("unet", sd.diffusion_model.weights)
+            return sha256(match.file.path)[:10]
+
         for name in ("input_image", "input_mask"):
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
         if taken(context, "weights"):
-            _ = sd.diffusion_model  # which file it is in is known when it is read
             check_model(like, weights, model_hash())
     drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -153,16 +152,10 @@ Part = Callable[[Sequence[Any]], list[Match]]  # what fills a network's variable
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened source, of whatever format: what model it is, and what fills which networks.
-
-    Attributes:
-        files: which file each network's weights are in, as soon as they were matched; of weights
-            in shards, their index.
-    """
+    """An opened source, of whatever format: what model it is, and what fills which networks."""
 
     config: ModelConfig
     parts: Mapping[str, Part]
-    files: dict[str, Path] = field(default_factory=dict)
 
     def match(self, part: str, variables: Sequence[Any]) -> list[Match]:
         """What fills the variables of "text_encoder", "unet", "encoder" or "decoder".
@@ -175,9 +168,7 @@ class Checkpoint:
                 f"{self.config.name} has no {part}, only {', '.join(self.parts)}; name a file that "
                 "holds it."
             )
-        matches = self.parts[part](variables)
-        self.files[part] = matches[0].file.path
-        return matches
+        return self.parts[part](variables)
 
 
 def misfit(file: TensorFile, name: str, needed: tuple[int, ...]) -> list[str]:
