@@ -311,6 +311,7 @@ class TestPngText:
             (png((b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "bytes of text"),
             (png(*[(b"none", b"")] * 2**16), "over 65,536 chunks"),
         ],
+        ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_that_is_damaged_or_too_much_is_refused(self, tmp_path, content, message):
         (tmp_path / "a.png").write_bytes(content)

@@ -163,7 +163,11 @@ class TestWhatCannotBeRepeated:
         (line,) = sdtf("--like", "other.png").stderr.splitlines()
         assert line.startswith("Error: other.png cannot be drawn again: it does not say how")
 
-    @pytest.mark.parametrize("prompt", ["../../x", "CON", "", "🍎🍎", "x" * 5000, "a\x1b[2Jb"])
+    @pytest.mark.parametrize(
+        "prompt",
+        ["../../x", "CON", "", "🍎🍎", "x" * 5000, "a\x1b[2Jb"],
+        ids=lambda prompt: prompt[:9],
+    )
     def test_any_prompt_s_picture_stays_in_the_folder(self, sdtf, tmp_path, cat, prompt):
         before = set(tmp_path.rglob("*"))
         result = sdtf("--like", forge(cat, prompt=prompt), "--quiet", weights=None)

@@ -123,6 +123,7 @@ def test_settings_come_back_exactly():
         '{"facts": {}, "seed": ' + "9" * 5000 + "}",
         "[" * 100_000,
     ],
+    ids=lambda text: text[:40],
 )
 def test_damaged_settings_are_refused(damaged):
     with pytest.raises(ValueError, match="is damaged"):
