@@ -29,8 +29,6 @@ def main(weights: str, output: Path, steps: int, seed: int) -> None:
     prompts = [f"{concept}, {style} style" for concept in CONCEPTS for style in STYLES]
     sd = StableDiffusion.from_pretrained(weights)
     images = sd.generate(prompts, num_steps=steps, seed=seed)
-    zoom = max(1, 128 // images.shape[1])  # room for the labels under small pictures
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     sheet = contact_sheet(images, columns=len(STYLES), labels=prompts)
     print(save_png(sheet, free_path(output, "contact_sheet")))
 

@@ -39,9 +39,7 @@ def main(weights: str, output: Path) -> None:
             )
             pictures.extend(drawn)
             labels.append(f"{label}: {after}")
-    zoom = max(1, 128 // sd.img_height)  # room for the labels under small pictures
-    images = np.stack(pictures).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    sheet = contact_sheet(images, columns=2 + len(STRENGTHS), labels=labels)
+    sheet = contact_sheet(np.stack(pictures), columns=2 + len(STRENGTHS), labels=labels)
     print(save_png(sheet, free_path(output, "editing_sheet")))
 
 

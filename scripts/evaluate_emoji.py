@@ -144,8 +144,6 @@ def sheet(
 ) -> np.ndarray:
     """Real artwork and picture side by side, over place among the nearest and prompt."""
     pairs = np.concatenate([real, drawn], axis=2)[:SHEET]
-    zoom = max(1, 128 // real.shape[1])  # room for the labels
-    pairs = pairs.repeat(zoom, axis=1).repeat(zoom, axis=2)
     labels = [f"{rank + 1}: {text}" for rank, text in zip(ranks, prompts, strict=True)]
     return contact_sheet(pairs, columns=5, labels=labels[:SHEET])
 

@@ -15,12 +15,7 @@ import json
 import os
 import pickle
 import random
-import resource
-import signal
 import struct
-import sys
-import tempfile
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -30,15 +25,14 @@ import click
 import h5py
 import numpy as np
 import safetensors.numpy
+from fuzzing import finish, fuzz, most_memory, mutated
 
 from stable_diffusion_tf.checkpoints import h5_files, h5_structure
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.checkpoints.tensors import open_tensors
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-SECONDS = 5
 MEGABYTES = 200
-NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 JSON_PIECES = (b"0", b"1", b"-", b"9" * 20, b'"', b",", b"[", b"]", b"{", b"}", b"null", b"true")
 JSON_PIECES += (b"1e1", b".0", b" ", b"\xc3", b"\\ud800", b"F16", b"I64", b'"a":', b"NaN", b"\0")
 PICKLE_PIECES = (
@@ -47,29 +41,6 @@ PICKLE_PIECES = (
     b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"h\x00", b"q\x05",
     b"\x8d" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f", b"r\xff\xff\xff\xff", b"Pos\n", b"\x82\x01",
 )  # fmt: skip
-
-
-def mutated(data: bytes, pieces: tuple[bytes, ...], rng: random.Random) -> bytes:
-    """`data` with one to four changes."""
-    changed = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(changed) + 1)
-        match rng.randrange(6):
-            case 0 if at < len(changed):
-                changed[at] ^= 1 << rng.randrange(8)
-            case 1:
-                changed[at : at + rng.randint(0, 8)] = rng.choice(pieces) if pieces else b""
-            case 2:
-                number = rng.choice(NUMBERS).to_bytes(8, "little")[: rng.choice((1, 2, 4, 8))]
-                changed[at : at + len(number)] = number
-            case 3:
-                del changed[at : at + rng.randint(1, 64)]
-            case 4:
-                start = rng.randrange(len(changed) + 1)
-                changed[at:at] = changed[start : start + rng.randint(1, 64)]
-            case 5 if rng.random() < 0.2:
-                del changed[at:]
-    return bytes(changed)
 
 
 def safetensors_files(rng: random.Random) -> bytes:
@@ -158,6 +129,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {name: file.read(name) for name in file.names if np.prod(file.shape(name)) < 10**6}
 
 
+def read_as_the_reference(path: Path) -> None:
+    tensors = read(path)
+    if not same_as_the_reference(path.read_bytes(), tensors):
+        raise AssertionError("safetensors reads it otherwise")
+
+
 def same_as_the_reference(content: bytes, tensors: dict[str, np.ndarray]) -> bool:
     try:
         reference = safetensors.numpy.load(content)
@@ -169,45 +146,7 @@ def same_as_the_reference(content: bytes, tensors: dict[str, np.ndarray]) -> boo
     )
 
 
-def too_long(*_: object) -> None:
-    raise TimeoutError(f"more than {SECONDS} s")
-
-
 crashes: Counter[str] = Counter()
-
-
-def fuzz(kind: str, make: Callable[[random.Random], bytes], count: int, seed: int) -> list[str]:
-    """Reads `count` files; what went wrong with which."""
-    failures, opened, slowest = [], 0, 0.0
-    for i in range(count):
-        content = make(random.Random(f"{kind} {seed} {i}"))
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            path = Path(folder) / "case"
-            path.write_bytes(content)
-            modules = set(sys.modules)
-            start = time.monotonic()
-            signal.alarm(SECONDS)
-            try:
-                tensors = read(path)
-                opened += 1
-                if kind == "safetensors" and not same_as_the_reference(content, tensors):
-                    failures.append(f"{kind} {i}: safetensors reads it otherwise")
-            except CheckpointError:
-                pass
-            except Exception as error:
-                failures.append(f"{kind} {i}: {type(error).__name__}: {error}")
-            finally:
-                signal.alarm(0)
-            slowest = max(slowest, time.monotonic() - start)
-            if new := set(sys.modules) - modules:
-                failures.append(f"{kind} {i}: imported {sorted(new)}")
-            if os.listdir(folder) != ["case"]:
-                failures.append(f"{kind} {i}: made {os.listdir(folder)}")
-            os.chdir("/")
-    print(f"{kind}: {count} files, {opened} opened, slowest {slowest:.2f} s, "
-          f"{len(failures)} failures")  # fmt: skip
-    return failures
 
 
 @click.command(help=__doc__)
@@ -215,25 +154,23 @@ def fuzz(kind: str, make: Callable[[random.Random], bytes], count: int, seed: in
 @click.option("--seed", default=0, show_default=True)
 def main(count: int, seed: int) -> None:
     h5_files.read_structure = forked_structure
-    signal.signal(signal.SIGALRM, too_long)
     kinds = {
-        "safetensors": (safetensors_files, count),
-        "torch": (torch_files, count),
-        "h5": (h5_files_of(h5_file()), count // 2),
+        "safetensors": (safetensors_files, read_as_the_reference, count),
+        "torch": (torch_files, read, count),
+        "h5": (h5_files_of(h5_file()), read, count // 2),
     }
-    for make, _ in kinds.values():  # what is imported once, is before the first case
+    for make, *_ in kinds.values():  # what is imported once, is before the first case
         make(random.Random(0))
     codecs.lookup("raw_unicode_escape")  # of Python 2's texts
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    failures = [f for kind, work in kinds.items() for f in fuzz(kind, *work, seed)]
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    print(f"memory: {grown} MB more")
+    before = most_memory()
+    failures = [
+        failure
+        for kind, (make, reader, files) in kinds.items()
+        for failure in fuzz(kind, make, reader, CheckpointError, files, seed)
+    ]
     for what, times in crashes.items():
         print(f"{what}: {times} times")
-    if grown > MEGABYTES:
-        failures.append(f"{grown} MB more than before")
-    print("\n".join(failures[:20]))
-    sys.exit(bool(failures))
+    finish(failures, before, MEGABYTES)
 
 
 if __name__ == "__main__":

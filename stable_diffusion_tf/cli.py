@@ -4,17 +4,33 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
+import numpy as np
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
+from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
+from stable_diffusion_tf.repeat import (
+    Like,
+    changed,
+    check_inputs,
+    check_model,
+    setting,
+    take_settings,
+    taken,
+)
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
+from stable_diffusion_tf.settings import KEYWORD, png_text
 
 STEM = 60  # characters of a prompt in a file's name
+STEM_BYTES = 180  # of 255 that a name may have; the rest is for numbers, and a temporary name's
+DEVICES = "con|prn|aux|nul|(com|lpt)[0-9¹²³]"  # to Windows, whatever the suffix
 SAMPLERS_TABLE = [
     f"{name:16} {sampler.description}{'; karras' if sampler.takes_karras else ''}"
     for name, sampler in SAMPLERS.items()
@@ -26,17 +42,31 @@ class Size(click.ParamType):
 
     def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
         """ "64" or "64x96" -> (width, height)."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", str(value))
         if not match:
             self.fail(f"{value!r} is neither a side (512) nor WIDTHxHEIGHT (512x768)", param)
         return int(match[1]), int(match[2] or match[1])
 
 
+class Karras(click.types.BoolParamType):
+    """On or off -> what `generate` calls `schedule`: "karras" or None."""
+
+    name = "karras"
+
+    def convert(self, value: Any, param: Any, context: Any) -> str | None:
+        return "karras" if value == "karras" or super().convert(value, param, context) else None
+
+
+def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Like | None:
+    if path is None or context.resilient_parsing:
+        return None
+    with errors_in_one_line():
+        return take_settings(context, path)
+
+
 # How a model is opened, where that is more than its name.
-VAE = click.option(
-    "--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one."
-)
-PREDICTION = click.option(
+VAE = setting("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
+PREDICTION = setting(
     "--prediction",
     type=click.Choice(["epsilon", "v"]),
     help="What a single file's network predicts, where nothing says it.",
@@ -61,27 +91,42 @@ def main() -> None:
     type=click.File(encoding="utf-8-sig"),
     help="More prompts, one a line; - reads them from standard input.",
 )
-@click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
-@click.option("--literal", is_flag=True, help="Brackets and BREAK in prompts are mere text.")
 @click.option(
+    "--like",
+    metavar="PNG",
+    type=click.Path(),
+    is_eager=True,
+    callback=like_png,
+    help="Draw this picture again: its prompt and settings, where none are given here.",
+)
+@setting("--negative", "negative_prompt", metavar="TEXT", help="What pictures should not show.")
+@setting(
+    "--emphasis/--literal",
+    default=True,
+    help="Whether brackets and BREAK in prompts have a meaning, or are mere text.",
+)
+@setting(
     "--clip-skip",
     default=1,
     show_default=True,
     help="Layer of the text encoder to end with, from the last; 2 is the one before it.",
 )
-@click.option("--steps", default=25, show_default=True, help="Denoising steps; more is slower.")
-@click.option(
+@setting(
+    "--steps", "num_steps", default=25, show_default=True, help="Denoising steps; more is slower."
+)
+@setting(
     "--guidance",
+    "unconditional_guidance_scale",
     type=float,
     help="How closely to follow the prompt; 1 or less is twice as fast. [default: the model's own]",
 )
-@click.option(
+@setting(
     "--seed",
     type=click.IntRange(-1, 2**64 - 1),
     default=-1,
     help="Number of the first picture; the next ones count on. [default: -1, a random one]",
 )
-@click.option(
+@setting(
     "--rng",
     default="numpy",
     show_default=True,
@@ -91,13 +136,13 @@ def main() -> None:
 @click.option(
     "--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures of each prompt."
 )
-@click.option(
+@setting(
     "--size",
     type=Size(),
     metavar="N|WxH",
     help="Pixels, a side or WIDTHxHEIGHT. [default: the model's own]",
 )
-@click.option(
+@setting(
     "--sampler",
     default="ddim",
     show_default=True,
@@ -105,33 +150,46 @@ def main() -> None:
     type=click.Choice(list(SAMPLERS)),
     help="How to step from noise to picture; see below.",
 )
-@click.option(
-    "--karras", is_flag=True, help="Karras's noise levels, for the samplers that say so below."
+@setting(
+    "--karras/--no-karras",
+    "schedule",
+    type=Karras(),
+    default=None,
+    help="Karras's noise levels, for the samplers that say so below.",
 )
-@click.option("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
-@click.option(
+@setting("--eta", default=0.0, show_default=True, help="Noise that ddim adds, 0 to 1.")
+@setting(
     "--rescale",
+    "guidance_rescale",
     default=0.0,
     show_default=True,
     help="0 to 1: against the washed-out colours of strong guidance.",
 )
-@click.option("--image", metavar="FILE", type=click.Path(), help="A picture to draw over.")
-@click.option(
-    "--mask", metavar="FILE", type=click.Path(), help="Where to repaint it: white; black is kept."
+@setting(
+    "--image", "input_image", metavar="FILE", type=click.Path(), help="A picture to draw over."
 )
-@click.option(
+@setting(
+    "--mask",
+    "input_mask",
+    metavar="FILE",
+    type=click.Path(),
+    help="Where to repaint it: white; black is kept.",
+)
+@setting(
     "--strength",
+    "input_image_strength",
     default=0.5,
     show_default=True,
     help="How far to leave the picture behind: over 0, up to 1.",
 )
-@click.option(
+@setting(
     "--feather",
+    "mask_feather",
     default=0.0,
     show_default=True,
     help="Pixels over which what is repainted fades in, inwards from the mask's edge.",
 )
-@click.option(
+@setting(
     "--weights",
     default="emoji",
     show_default=True,
@@ -140,13 +198,18 @@ def main() -> None:
 )
 @VAE
 @PREDICTION
-@click.option(
+@setting(
     "--dtype",
     default="float32",
     show_default=True,
     help="Of the networks: float32, float16, bfloat16, mixed_float16 or mixed_bfloat16.",
 )
-@click.option("--jit", is_flag=True, help="Compile with XLA: slower to start, then faster.")
+@setting(
+    "--jit/--no-jit",
+    "jit_compile",
+    default=False,
+    help="Compile with XLA: slower to start, then faster.",
+)
 @click.option(
     "--output",
     default="outputs",
@@ -154,134 +217,143 @@ def main() -> None:
     metavar="FOLDER",
     type=click.Path(file_okay=False, writable=True, path_type=Path),
 )
+@click.option(
+    "--grid", is_flag=True, help="One more picture, grid.png, with all of them and their prompts."
+)
 @click.option("--quiet", is_flag=True, help="No progress bars; only the pictures' paths.")
+@click.pass_context
 def generate(
+    context: click.Context,
     prompts: tuple[str, ...],
     prompts_file: TextIO | None,
-    negative: str | None,
-    literal: bool,
-    clip_skip: int,
-    steps: int,
-    guidance: float | None,
-    seed: int,
-    rng: str,
+    like: Like | None,
     batch: int,
+    output: Path,
+    grid: bool,
+    quiet: bool,
+    *,
+    seed: int,
     size: tuple[int, int] | None,
-    sampler: str,
-    karras: bool,
-    eta: float,
-    rescale: float,
-    image: str | None,
-    mask: str | None,
-    strength: float,
-    feather: float,
     weights: str,
     vae: str | None,
     prediction: str | None,
     dtype: str,
-    jit: bool,
-    output: Path,
-    quiet: bool,
+    jit_compile: bool,
+    **drawing: Any,
 ) -> None:
     """Draw a picture of each PROMPT, from nothing or over another picture.
 
     Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
-    The seed and all other settings are stored in the PNG. The same seed and settings draw the same
-    picture again.
+    The seed and all other settings are stored in the PNG; `sdtf info` prints them, and --like draws
+    the picture again, bit for bit with the same machine and versions. What is given beside it, a
+    prompt or settings, counts; the rest is the PNG's.
 
     \b
     Examples:
       sdtf generate "a red apple, noto style"
-      sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7
+      sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7 --grid
       sdtf generate "a house" --negative "tree" --steps 50 --guidance 5
       sdtf generate "a green apple" --image apple.png --strength 0.6
       sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
       sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
+      sdtf generate --like outputs/a-house.png --steps 100
     """
-    schedule = "karras" if karras else None
     with errors_in_one_line():
         prompts += read_prompts(prompts_file)
+        repeated = like is not None and not prompts and not changed(context)
+        if like is not None:
+            prompts = prompts or (like.prompt,)
+            check_inputs(context, like)
         if not prompts:
-            raise click.UsageError("give a PROMPT, or a --prompts-file with one a line")
+            raise click.UsageError(
+                "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
+            )
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with quiet_import():
-            from stable_diffusion_tf.images import free_path, png_text, save_png
+            from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
+            from stable_diffusion_tf.checkpoints.hub import sha256
             from stable_diffusion_tf.pipeline import StableDiffusion
 
+        if taken(context, "weights") and is_on_hub(weights):
+            click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
+        checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
-            weights,
+            checkpoint,
             img_height=height,
             img_width=width,
             dtype=dtype,
-            jit_compile=jit,
-            vae=vae,
-            prediction=prediction,
+            jit_compile=jit_compile,
         )
         # All pictures are checked before the first is drawn.
-        sd.tokenize(prompts, "prompt", emphasis=not literal)
-        seeds = picture_seeds(seed, len(prompts) * batch)
+        sd.tokenize(prompts, "prompt", emphasis=drawing["emphasis"])
+        wanted = picture_seeds(seed, len(prompts) * batch)
+        batches = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
+        if repeated:  # and all that were drawn beside it: a picture's last bits depend on them
+            wanted, batches = [like.seed], [like.facts["batch_seeds"]]
+        if drawing["unconditional_guidance_scale"] is None:
+            drawing["unconditional_guidance_scale"] = sd.config.guidance
         settings = {
-            "negative_prompt": negative,
-            "literal": literal,
-            "clip_skip": clip_skip,
-            "rng": rng,
-            "steps": steps,
-            "sampler": sampler,
-            "schedule": schedule,
-            "guidance": sd.config.guidance if guidance is None else guidance,
+            **drawing,
             "size": f"{sd.img_width}x{sd.img_height}",
-            "eta": eta,
-            "rescale": rescale,
-            "dtype": dtype,
-            "model": readable(sd.config.name),
-            "weights": readable(weights),
-            "vae": readable(vae),
+            "weights": weights,
+            "vae": vae,
             "prediction": prediction,
+            "dtype": dtype,
+            "jit_compile": jit_compile,
         }
-        if image is not None:
-            settings |= {
-                "image": readable(image),
-                "mask": readable(mask),
-                "strength": strength,
-                "feather": feather,
-            }
+        facts = {"version": installed_version(), "model": sd.config.name}
+
+        @cache  # it may be a file of gigabytes
+        def model_hash():
+            """Of the file with the UNet, the network that models differ in."""
+            (match, *_) = checkpoint.match("unet", sd.diffusion_model.weights)
+            return sha256(match.file.path)[:10]
+
+        for name in ("input_image", "input_mask"):
+            if drawing[name] is not None:
+                facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
+        if taken(context, "weights"):
+            check_model(like, weights, model_hash())
+    drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
-        for i, prompt in enumerate(prompts):
-            its_seeds = seeds[i * batch : (i + 1) * batch]
+        for prompt, seeds in zip(prompts, batches, strict=True):
             pictures = sd.generate(
-                prompt,
-                negative,
-                batch,
-                steps,
-                guidance,
-                seed=its_seeds,
-                rng=rng,
-                clip_skip=clip_skip,
-                emphasis=not literal,
-                input_image=image,
-                input_mask=mask,
-                input_image_strength=strength,
-                mask_feather=feather,
-                sampler=sampler,
-                schedule=schedule,
-                eta=eta,
-                guidance_rescale=rescale,
-                progress=not quiet,
+                prompt, batch_size=len(seeds), seed=seeds, progress=not quiet, **drawing
             )
-            for picture, seed in zip(pictures, its_seeds, strict=True):
-                text = png_text({"prompt": prompt, "seed": seed, **settings})
+            facts |= {"model_hash": model_hash(), "batch_seeds": seeds}
+            for picture, its_seed in zip(pictures, seeds, strict=True):
+                if its_seed not in wanted:
+                    continue
+                made = {"prompt": prompt, "seed": its_seed, **settings}
+                text = png_text(readable(made), readable(facts))
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
+                drawn.append(picture)
+                labels.append(f"{its_seed}: {prompt}")
                 if not quiet:
-                    click.echo(f"seed {seed}", err=True)
+                    click.echo(f"seed {its_seed}", err=True)
+        if grid:
+            a_row_each = batch if batch > 1 and len(prompts) > 1 else None
+            sheet = contact_sheet(np.stack(drawn), a_row_each, labels)
+            click.echo(save_png(sheet, free_path(output, "grid")))
 
 
-def readable(name: str | None) -> str | None:
-    """A file's name as text that a PNG can store, whatever bytes it has."""
-    return name and os.fsencode(name).decode("utf-8", "replace")
+def readable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with all text as a PNG can store it: files' names may be of any bytes."""
+    return {
+        name: os.fsencode(value).decode("utf-8", "replace") if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def installed_version() -> str:
+    try:
+        return version("stable-diffusion-tf")
+    except PackageNotFoundError:  # run from its source
+        return "unknown"
 
 
 def read_prompts(file: TextIO | None) -> tuple[str, ...]:
@@ -324,6 +396,28 @@ def convert(source: str, target: Path, dtype: str, vae: str | None, prediction: 
             from stable_diffusion_tf.checkpoints.save import convert
         convert(source, target, dtype, vae=vae, prediction=prediction)
     click.echo(target)
+
+
+@main.command(no_args_is_help=True)
+@click.argument("picture", metavar="PNG", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="All settings exactly, of our own PNGs.")
+def info(picture: str, as_json: bool) -> None:
+    """Print how the picture in a PNG was drawn, by this program or by another.
+
+    Others, such as A1111's web UI, leave the same text: the prompts, then the settings.
+    """
+    with errors_in_one_line():
+        text = read_png_text(picture)
+        key = KEYWORD if as_json else "parameters"
+        if key not in text:
+            raise ValueError(f"{picture} does not say how it was drawn: it has no text {key!r}.")
+        click.echo(printable(text[key]))
+
+
+def printable(text: str) -> str:
+    """A stranger's text for the screen: what could steer a terminal, as escapes."""
+    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(steering, lambda match: ascii(match[0])[1:-1], text)
 
 
 @main.group()
@@ -414,9 +508,12 @@ def samplers() -> None:
 
 
 def slug(prompt: str) -> str:
-    """A prompt as a file's name: its words, lower case, joined by hyphens."""
-    words = re.findall(r"\w+", prompt.lower())
-    return "-".join(words)[:STEM].rstrip("-") or "picture"
+    """A prompt as a file's name on any system: its words, lower case, joined by hyphens."""
+    stem = "-".join(re.findall(r"\w+", prompt.lower()))[:STEM]
+    stem = stem.encode()[:STEM_BYTES].decode(errors="ignore").strip("-")
+    if not stem or re.fullmatch(DEVICES, stem):
+        return f"picture-{stem}".rstrip("-")
+    return stem
 
 
 def check_folder(folder: Path) -> None:
@@ -461,7 +558,7 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
     except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
         if drawing() and not isinstance(error, CheckpointError | OSError | FloatingPointError):
             raise
-        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

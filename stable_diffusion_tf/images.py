@@ -3,14 +3,15 @@
 Arrays are channels-last: one picture (H, W, 3), or several (N, H, W, 3).
 """
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
@@ -22,6 +23,10 @@ ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
 # What is opened: not EPS, which is a program, nor TGA, which any file could be.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+MAX_TEXT = 2**22  # bytes of a PNG's text to read; some programs keep whole workflows there
+MAX_CHUNKS = 2**16  # of a PNG to look at
+LABELLED = 128  # pixels in width, at the least, of a picture with a label
 MAX_PIXELS = 2**25  # of a picture to load; a few kilobytes of PNG can unfold to gigabytes
 
 
@@ -220,7 +225,7 @@ def save_png(
     Args:
         image: uint8 (H, W, 3), or float in [0, 1], which is rounded.
         path: a new file, or a name reserved by `free_path`; pictures are never overwritten.
-        text: the PNG's text chunks by keyword (see `png_text`).
+        text: the PNG's text chunks by keyword.
 
     Raises:
         FileExistsError: there is something at `path`.
@@ -253,27 +258,68 @@ def _encode(image: np.ndarray, text: Mapping[str, str]) -> memoryview:
     return encoded.getbuffer()
 
 
-def png_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """How a picture was made -> PNG text, to make it again.
+def read_png_text(path: str | os.PathLike) -> dict[str, str]:
+    """The text chunks of a PNG by keyword, wherever they stand; no pixel is decoded.
 
-    `settings` is what JSON can hold, "prompt" and "negative_prompt" included. The keyword
-    `stable_diffusion_tf` holds it exactly, as JSON; `parameters` is the same for reading, laid
-    out as most Stable Diffusion programs do: the prompts, then "Steps: 25, Seed: 1".
+    Of chunks with the same keyword the first counts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no PNG, or cut short or damaged there; or it has over `MAX_TEXT` bytes of
+            text, unpacked, or over `MAX_CHUNKS` chunks.
     """
-    lines = [str(settings.get("prompt") or "")]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(
-        ", ".join(
-            f"{name.replace('_', ' ').capitalize()}: {value}"
-            for name, value in settings.items()
-            if name not in ("prompt", "negative_prompt") and value is not None
-        )
-    )
-    return {
-        "parameters": "\n".join(lines),
-        "stable_diffusion_tf": json.dumps(dict(settings), ensure_ascii=False),
-    }
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        raise ValueError(f"{path} is no file.")
+    with path.open("rb") as file:
+        if file.read(len(PNG_MAGIC)) != PNG_MAGIC:
+            raise ValueError(f"{path} is no PNG.")
+        try:
+            return dict(reversed(list(_text_chunks(file))))
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged, or of a kind not supported: {error}.") from None
+
+
+def _text_chunks(file: BinaryIO) -> Iterator[tuple[str, str]]:
+    """Keywords and texts, as the PNG specification has them (section 11.3.3)."""
+    left = MAX_TEXT
+    for _ in range(MAX_CHUNKS):
+        size, kind = struct.unpack(">I4s", _exactly(8, file))
+        if kind == b"IEND":
+            return
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(size + 4, os.SEEK_CUR)
+            continue
+        left = _less(left, size)
+        data = _exactly(size, file)
+        if _exactly(4, file) != struct.pack(">I", zlib.crc32(kind + data)):
+            raise ValueError("the checksum of its text is wrong")
+        keyword, _, data = data.partition(b"\0")
+        packed = kind == b"zTXt" or (kind == b"iTXt" and data[:1] == b"\1")
+        data = data[{b"tEXt": 0, b"zTXt": 1, b"iTXt": 2}[kind] :]  # after flag and method
+        if kind == b"iTXt":
+            _language, _translated, data = data.split(b"\0", 2)
+        if packed:
+            unpacking = zlib.decompressobj()
+            data = unpacking.decompress(data, left + 1)
+            left = _less(left, len(data))
+            if not unpacking.eof:
+                raise ValueError("its packed text is cut short")
+        yield keyword.decode("latin-1"), data.decode("utf-8" if kind == b"iTXt" else "latin-1")
+    raise ValueError(f"it has over {MAX_CHUNKS:,} chunks")
+
+
+def _exactly(size: int, file: BinaryIO) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise ValueError("it is cut short")
+    return data
+
+
+def _less(left: int, size: int) -> int:
+    if size > left:
+        raise ValueError(f"it has over {MAX_TEXT:,} bytes of text")
+    return left - size
 
 
 def contact_sheet(
@@ -287,7 +333,8 @@ def contact_sheet(
     Args:
         images: uint8 (N, H, W, 3).
         columns: pictures a row; without it, about as many as rows.
-        labels: N texts, one under each picture, shortened to its width.
+        labels: N texts, one under each picture, shortened to its width. Pictures under `LABELLED`
+            pixels wide are enlarged for them, a whole number of times.
         gap: pixels around each picture.
 
     Returns:
@@ -300,6 +347,9 @@ def contact_sheet(
         raise ValueError(f"A contact sheet takes pictures (N, H, W, 3), not {images.shape}.")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} pictures, but {len(labels)} labels.")
+    if labels is not None:
+        zoom = math.ceil(LABELLED / images.shape[2])
+        images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

@@ -2,10 +2,12 @@ from dataclasses import replace
 
 import pytest
 import synth
+from click.testing import CliRunner
 from hypothesis import settings
 from tiny import FILES, TINY, write_folder
 
 from stable_diffusion_tf.checkpoints import h5_files, h5_structure
+from stable_diffusion_tf.cli import main
 
 # The same examples on every machine and in every run, however slow.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -48,6 +50,18 @@ def hub(tmp_path, monkeypatch):
     with fake_hub.FakeHub() as hub:
         fake_hub.connect(hub, tmp_path, monkeypatch)
         yield hub
+
+
+@pytest.fixture
+def sdtf(tmp_path, tiny_model, monkeypatch):
+    """Runs `sdtf generate` in an empty folder, with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, weights=tiny_model):
+        chosen = [] if weights is None else ["--weights", str(weights)]
+        return CliRunner().invoke(main, ["generate", *chosen, *arguments])
+
+    return run
 
 
 @pytest.fixture

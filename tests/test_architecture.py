@@ -14,18 +14,19 @@ BACKENDS = {"tensorflow", "jax", "torch"}
 
 ROWS = [
     {"files"},
-    {"config", "images", "compile", "tokenizer", "preview", "samplers", "tiling"},
+    {"config", "images", "settings", "compile", "tokenizer", "preview", "samplers", "tiling"},
     {"arguments", "models", "diffusion"},
     {"checkpoints"},
     {"pipeline"},
     {"training"},
+    {"repeat"},
     {"cli"},
     {"__main__"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 
 # Beyond their rows: these know less than they could.
-ALONE = {"config", "compile", "tokenizer", "preview", "samplers", "tiling"}
+ALONE = {"config", "settings", "compile", "tokenizer", "preview", "samplers", "tiling"}
 ALLOWED = {
     "arguments": {"images"},
     "models": {"config"},

@@ -1,9 +1,12 @@
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +16,11 @@ from PIL import Image
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.cli import main, quiet_import, slug
+from stable_diffusion_tf.images import free_path, save_png
+from stable_diffusion_tf.repeat import Setting
 from stable_diffusion_tf.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def sdtf(tmp_path, tiny_model, monkeypatch):
-    """Runs `sdtf generate` in an empty folder, with a tiny model."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        return CliRunner().invoke(main, ["generate", "--weights", str(tiny_model), *arguments])
-
-    return run
 
 
 def pixels(path):
@@ -71,43 +65,73 @@ def test_pictures_are_drawn_over_pictures(sdtf, tiny_model):
     (dog,) = sd.generate("a dog", progress=False, **settings)
     np.testing.assert_array_equal(pixels("outputs/a-cat.png"), cat)
     np.testing.assert_array_equal(pixels("outputs/a-dog.png"), dog)
-    with Image.open("outputs/a-cat.png") as image:
-        made = json.loads(image.text["stable_diffusion_tf"])
-    assert (made["image"], made["mask"], made["strength"]) == ("photo.png", "mask.png", 0.6)
+    made = json.loads(text_of("outputs/a-cat.png")["stable_diffusion_tf"])
+    assert (made["input_image"], made["input_mask"]) == ("photo.png", "mask.png")
+    assert (made["input_image_strength"], made["mask_feather"]) == (0.6, 2.0)
 
 
-def test_the_png_says_how_to_draw_it_again(sdtf, tiny_model):
-    choices = ("--sampler", "euler_ancestral", "--clip-skip", "2", "--rng", "torch", "--literal")
-    first = sdtf("a (cat)", "--steps", "3", "--size", "20x14", *choices)
-    with Image.open("outputs/a-cat.png") as image:
-        settings = json.loads(image.text["stable_diffusion_tf"])
-    assert f"seed {settings['seed']}\n" in first.stderr
-    assert settings == {
+def text_of(path):
+    with Image.open(path) as image:
+        return image.text
+
+
+def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
+    choices = ("--sampler", "dpmpp_2m", "--karras", "--clip-skip", "2", "--rng", "torch")
+    arguments = ("a (cat)", "--steps", "3", "--size", "20x14", "--literal", "--batch", "2")
+    first = sdtf(*arguments, *choices)
+    text = text_of("outputs/a-cat-1.png")
+    made = json.loads(text["stable_diffusion_tf"])
+    seed = made["seed"]
+    assert f"seed {seed}\n" in first.stderr
+    unet = tiny_model / "unet" / "diffusion_pytorch_model.safetensors"
+    model_hash = hashlib.sha256(unet.read_bytes()).hexdigest()[:10]
+    assert made == {
         "prompt": "a (cat)",
-        "seed": settings["seed"],
+        "seed": seed,
         "negative_prompt": None,
-        "literal": True,
+        "emphasis": False,
         "clip_skip": 2,
+        "num_steps": 3,
+        "unconditional_guidance_scale": 3.0,
         "rng": "torch",
-        "steps": 3,
-        "sampler": "euler_ancestral",
-        "schedule": None,
-        "guidance": 3.0,
         "size": "20x14",
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
         "eta": 0.0,
-        "rescale": 0.0,
-        "dtype": "float32",
-        "model": "tiny",
+        "guidance_rescale": 0.0,
+        "input_image": None,
+        "input_mask": None,
+        "input_image_strength": 0.5,
+        "mask_feather": 0.0,
         "weights": str(tiny_model),
         "vae": None,
         "prediction": None,
+        "dtype": "float32",
+        "jit_compile": False,
+        "facts": {
+            "version": version("stable-diffusion-tf"),
+            "model": "tiny",
+            "model_hash": model_hash,
+            "batch_seeds": [seed - 1, seed],
+        },
     }
-    options = ("steps", "size", "sampler", "guidance", "clip_skip", "rng", "seed")
-    again = [f"--{name.replace('_', '-')}={settings[name]}" for name in options]
-    sdtf("a (cat)", "--literal", *again)
-    np.testing.assert_array_equal(pixels("outputs/a-cat.png"), pixels("outputs/a-cat-1.png"))
-    sdtf("a (cat)", *again)
-    assert (pixels("outputs/a-cat.png") != pixels("outputs/a-cat-2.png")).any()
+    assert text["parameters"].splitlines()[0] == "a (cat)"
+    assert f"Sampler: DPM++ 2M Karras, CFG scale: 3, Seed: {seed}, " in text["parameters"]
+    assert f"Model hash: {model_hash}, Model: tiny, Clip skip: 2, " in text["parameters"]
+
+
+def test_settings_are_named_as_the_api_s_parameters():
+    api = signature(StableDiffusion.generate).parameters.keys()
+    model = {"weights", "vae", "prediction", "dtype", "jit_compile", "size"}
+    options = {
+        option.name for option in main.commands["generate"].params if type(option) is Setting
+    }
+    assert options - model <= api
+    # What the command line leaves to others: arrays, functions, and what is no part of the picture.
+    assert api - options <= {
+        "self", "prompt", "batch_size", "temperature", "context", "negative_context",
+        "diffusion_noise", "sample_posterior", "output", "progress", "callback",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
@@ -116,8 +140,26 @@ def test_a_picture_s_name_may_be_any_bytes(sdtf):
     Image.new("RGB", (16, 16)).save(name)
     result = sdtf("a cat", "--image", name, "--steps", "1")
     assert result.exit_code == 0, result.output
-    with Image.open("outputs/a-cat.png") as image:
-        assert json.loads(image.text["stable_diffusion_tf"])["image"] == "caf\ufffd.png"
+    made = json.loads(text_of("outputs/a-cat.png")["stable_diffusion_tf"])
+    assert made["input_image"] == "caf\ufffd.png"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names there have no limit of bytes")
+def test_the_longest_name_can_be_written(tmp_path):
+    for _ in range(2):
+        path = free_path(tmp_path, slug("\U00020000" * 100))
+        save_png(np.zeros((2, 2, 3), np.uint8), path)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_grid_shows_all_pictures_and_overwrites_none(sdtf):
+    choices = ("--steps", "1", "--batch", "3", "--seed", "7", "--grid", "--quiet")
+    paths = sdtf("a cat", "a dog", *choices).stdout.split()
+    assert len(paths) == 7 and paths[-1] == "outputs/grid.png"
+    sheet = pixels("outputs/grid.png")
+    assert sheet.shape[1] == 3 * (4 * 32 + 4) + 4  # a row a prompt, enlarged for the labels
+    np.testing.assert_array_equal(sheet[4 : 4 + 128 : 4, 4 : 4 + 128 : 4], pixels(paths[0]))
+    assert sdtf("a cat", *choices).stdout.split()[-1] == "outputs/grid-1.png"
 
 
 def test_prompts_of_a_file_come_after_those_given(sdtf, tmp_path):
@@ -128,8 +170,7 @@ def test_prompts_of_a_file_come_after_those_given(sdtf, tmp_path):
     names = ["a-cat", "a-dog", "a-café"]
     assert result.stdout.split() == [f"outputs/{name}.png" for name in names]
     assert [f"seed {seed}" in result.stderr for seed in (7, 8, 9, 10)] == [True, True, True, False]
-    with Image.open("outputs/a-café.png") as image:
-        assert json.loads(image.text["stable_diffusion_tf"])["seed"] == 9
+    assert json.loads(text_of("outputs/a-café.png")["stable_diffusion_tf"])["seed"] == 9
     sdtf("--prompts-file", "more.txt", "--quiet", *settings)
     assert (tmp_path / "outputs" / "a-dog-1.png").exists()
 
@@ -241,7 +282,7 @@ def test_only_what_a_user_can_mend_is_said_in_one_line_while_drawing(
         (["a", "--batch", "0"], "--batch"),
         (["a", "--seed", "-2"], "--seed"),
         (["a", "--rng", "cuda"], "'cuda' is not one of 'numpy', 'torch'"),
-        (["--quiet"], "give a PROMPT, or a --prompts-file"),
+        (["--quiet"], "give a PROMPT, a --prompts-file with one a line, or a picture"),
     ],
 )
 def test_wrong_usage_is_explained(sdtf, arguments, message):
@@ -259,10 +300,22 @@ def test_wrong_usage_is_explained(sdtf, arguments, message):
         ("", "picture"),
         ("?!", "picture"),
         ("a" * 59 + " b" * 20, "a" * 59),
+        ("🍎🍎", "picture"),
+        ("..", "picture"),
+        ("CON", "picture-con"),
+        ("Lpt1!", "picture-lpt1"),
+        ("conman", "conman"),
+        ("\U00020000" * 100, "\U00020000" * 45),
+        ("C:\\a|b<c>*?.png", "c-a-b-c-png"),
+        ("-rf a", "rf-a"),
     ],
 )
 def test_a_prompt_makes_a_file_name(prompt, stem):
     assert slug(prompt) == stem
+
+
+def test_type_checkers_are_told_of_our_annotations():
+    assert (ROOT / "stable_diffusion_tf" / "py.typed").exists()
 
 
 def test_samplers_are_listed_one_a_line():
@@ -305,17 +358,19 @@ def heeds_ctrl_c():
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.usefixtures("heeds_ctrl_c")
-def test_a_process_starts_silently_and_ends_cleanly_on_ctrl_c(tmp_path, tiny_model, monkeypatch):
+def test_a_process_starts_silently_and_keeps_what_is_finished_on_ctrl_c(
+    tmp_path, tiny_model, monkeypatch
+):
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # a backend here may have set it
-    sdtf = [sys.executable, "-m", "stable_diffusion_tf", "generate", "a cat", "--steps", "499"]
+    sdtf = [sys.executable, "-m", "stable_diffusion_tf", "generate", "a cat", "a dog"]
     with subprocess.Popen(
-        [*sdtf, "--weights", tiny_model, "--output", tmp_path],
+        [*sdtf, "--steps", "400", "--weights", tiny_model, "--output", tmp_path, "--grid"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
         said = b""
-        while process.poll() is None and not re.search(rb"[1-9]\d*/499", said):
+        while process.poll() is None and not re.search(rb"seed \d+\n.* [1-9]\d*/400", said, re.S):
             said += process.stderr.read1()
         process.send_signal(signal.SIGINT)
         out, rest = process.communicate(timeout=60)
@@ -324,5 +379,6 @@ def test_a_process_starts_silently_and_ends_cleanly_on_ctrl_c(tmp_path, tiny_mod
     assert said.startswith("\rLoading the model")  # nothing of the backend's before it
     assert said.endswith("Interrupted.\n")
     assert "Traceback" not in said
-    assert out == b""
-    assert os.listdir(tmp_path) == []
+    assert out.decode().split() == [str(tmp_path / "a-cat.png")]
+    assert os.listdir(tmp_path) == ["a-cat.png"]
+    assert pixels(tmp_path / "a-cat.png").shape == (32, 32, 3)  # whole, and all that is there

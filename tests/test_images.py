@@ -1,4 +1,3 @@
-import json
 import os
 import struct
 import tracemalloc
@@ -101,19 +100,19 @@ def test_what_is_no_picture_is_refused(source, error, message):
         images.load_image(source)
 
 
+def png(*chunks):
+    """A PNG's bytes of chunks (kind, data), after which it ends."""
+    return images.PNG_MAGIC + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (*chunks, (b"IEND", b""))
+    )
+
+
 def bomb(width, height):
     """A PNG that says it has width x height grey pixels."""
 
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    data = zlib.compress(b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        chunk(*each) for each in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
-    )
+    return png((b"IHDR", header), (b"IDAT", zlib.compress(b"")))
 
 
 @pytest.mark.parametrize("size", [(6000, 6000), (12000, 10000), (65500, 65500), (2**31 - 1, 1)])
@@ -267,15 +266,67 @@ def test_damaged_files_are_named(picture, tmp_path):
             images.load_image(tmp_path / name)
 
 
-def test_a_png_holds_its_picture_and_how_it_was_made(picture, tmp_path):
-    settings = {"prompt": "a café 🍎", "negative_prompt": "blurry", "seed": 7, "eta": None}
-    path = images.save_png(picture, tmp_path / "made.png", images.png_text(settings))
+def test_a_png_holds_its_picture_and_its_text(picture, tmp_path):
+    text = {"parameters": "a café 🍎\nSteps: 7", "other": "blurry"}
+    path = images.save_png(picture, tmp_path / "made.png", text)
 
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), picture)
-        assert json.loads(image.text["stable_diffusion_tf"]) == settings
-        assert image.text["parameters"] == "a café 🍎\nNegative prompt: blurry\nSeed: 7"
+        assert image.text == text
     assert os.listdir(tmp_path) == ["made.png"]
+
+
+class TestPngText:
+    def test_is_read_wherever_and_however_it_stands(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(
+            png(
+                (b"tEXt", b"plain\0caf\xe9\nline"),
+                (b"IDAT", b"no pixels, and none wanted"),
+                (b"zTXt", b"packed\0\0" + zlib.compress(b"caf\xe9")),
+                (b"iTXt", b"unicode\0\0\0en\0word\0" + "🍎".encode()),
+                (b"iTXt", b"both\0\1\0\0\0" + zlib.compress("🍎".encode())),
+                (b"tEXt", b"plain\0a second time"),
+            )
+        )
+        expected = {"plain": "café\nline", "packed": "café", "unicode": "🍎", "both": "🍎"}
+        assert images.read_png_text(tmp_path / "a.png") == expected
+
+    def test_of_a_picture_without_any_is_none(self, picture, tmp_path):
+        assert images.read_png_text(images.save_png(picture, tmp_path / "a.png")) == {}
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "is no PNG"),
+            (b"\xff\xd8\xff\xe0 a JPEG", "is no PNG"),
+            (png()[:-12], "it is cut short"),
+            (png((b"tEXt", b"a\0" + bytes(99)))[:50], "it is cut short"),
+            (png((b"tEXt", b"a\0b")).replace(b"b", b"c"), "the checksum of its text is wrong"),
+            (png((b"zTXt", b"a\0\0no zlib")), "incorrect header check"),
+            (png((b"zTXt", b"a\0\0" + zlib.compress(b"b")[:-6])), "packed text is cut short"),
+            (png((b"iTXt", b"a\0\0\0")), "is damaged"),
+            (png((b"iTXt", b"a\0\0\0\0\0\xff")), "can't decode"),
+            (png((b"tEXt", bytes(2**22 + 1))), "over 4,194,304 bytes of text"),
+            (png(*[(b"tEXt", bytes(2**21))] * 3), "over 4,194,304 bytes of text"),
+            (png((b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "bytes of text"),
+            (png(*[(b"none", b"")] * 2**16), "over 65,536 chunks"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_that_is_damaged_or_too_much_is_refused(self, tmp_path, content, message):
+        (tmp_path / "a.png").write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"a\.png .*{message}"):
+            images.read_png_text(tmp_path / "a.png")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 2**25
+
+    def test_needs_a_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"a\.png"):
+            images.read_png_text(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="is no file"):
+            images.read_png_text(tmp_path)
 
 
 def test_float_pictures_are_rounded(picture, tmp_path):
@@ -328,11 +379,20 @@ def test_contact_sheet_places_pictures_row_by_row(picture):
 
 
 def test_contact_sheet_labels_fit_under_their_pictures():
-    black = np.zeros((2, 32, 32, 3), np.uint8)
+    black = np.zeros((2, 200, 200, 3), np.uint8)
     plain = images.contact_sheet(black, columns=1)
-    sheet = images.contact_sheet(black, columns=1, labels=["a", "a very long label"])
+    sheet = images.contact_sheet(black, columns=1, labels=["a", "a long label" * 20])
 
     assert sheet.shape[0] > plain.shape[0] and sheet.shape[1] == plain.shape[1]
     assert (sheet[:, -2:] == 255).all()  # the long label stops before the edge
     with pytest.raises(ValueError, match="1 labels"):
         images.contact_sheet(black, labels=["one"])
+
+
+@pytest.mark.parametrize(("width", "enlarged"), [(32, 128), (100, 200), (128, 128), (129, 129)])
+def test_small_pictures_are_enlarged_whole_times_for_their_labels(width, enlarged):
+    picture = np.random.default_rng(0).integers(0, 256, (1, 8, width, 3), dtype=np.uint8)
+    sheet = images.contact_sheet(picture, labels=["a"], gap=0)
+    zoom = enlarged // width
+    assert sheet.shape[1] == enlarged
+    np.testing.assert_array_equal(sheet[: 8 * zoom : zoom, ::zoom], picture[0])

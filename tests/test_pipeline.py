@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from inspect import signature
 
 import keras
 import layouts
@@ -761,6 +762,17 @@ def test_wrong_input_is_refused_before_any_work(tiny_model, args, settings, erro
     with pytest.raises(error, match=message):
         sd.generate(*args, **settings)
     assert sd.last_seed is None
+
+
+def test_every_parameter_with_a_range_has_a_wrong_value_above():
+    parameters = signature(StableDiffusion.generate).parameters
+    ranged = [
+        name
+        for name, parameter in parameters.items()
+        if name != "self" and not re.search("bool|Callable", str(parameter.annotation))
+    ]
+    positional = [name for args, *_ in WRONG for name in ranged[: len(args)]]
+    assert set(ranged) <= {*positional, *(name for _, settings, *_ in WRONG for name in settings)}
 
 
 @pytest.mark.parametrize(

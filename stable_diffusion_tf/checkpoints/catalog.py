@@ -23,7 +23,7 @@ from stable_diffusion_tf.checkpoints.local import (
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import SD_1, SD_2_BASE, ModelConfig
 
-Source = str | os.PathLike | Mapping  # of networks to files
+Source = str | os.PathLike | Mapping | Checkpoint  # a mapping of networks to files
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def open_checkpoint(
             files by network, {"text_encoder": …, "unet": …, "encoder": …, "decoder": …} or some.
             What a file is, its content says; its name does not matter. Where there is no such path,
             "owner/name" of a repository in the diffusers layout, or "owner/name/path" of a file.
+            What this function gave is taken as it is.
         config: of the model in files whose tensors' sizes are not those of a published one.
         prediction: what the UNet predicts; None: what the source's config says. Single files are
             taken as "epsilon" unless they or a `.yaml` beside them say otherwise: tensors cannot.
@@ -198,7 +199,8 @@ def open_checkpoint(
         schedule = replace(checkpoint.config.schedule, prediction=prediction)
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, schedule=schedule))
     missing = [part for part in PARTS if part not in checkpoint.parts and part != "encoder"]
-    if missing and not isinstance(source, Mapping):  # text becomes a picture without the encoder
+    partial_source = isinstance(source, Mapping | Checkpoint)
+    if missing and not partial_source:  # text becomes a picture without the encoder
         raise CheckpointError(
             f"{source} is no whole model: it holds {listing(checkpoint.parts)}, and no "
             f"{listing(missing)}. Give the folder or file that has them, or files by network."
@@ -213,6 +215,9 @@ def _open(
     ema: bool,
     variant: str | None,
 ) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        refuse_options("an opened checkpoint", ema=ema, variant=variant)
+        return source
     if isinstance(source, Mapping):
         refuse_options("files by network", variant=variant)
         return open_parts(source, config, prediction, ema)
@@ -250,6 +255,13 @@ def _fetch_and_match(
 ) -> list[Match]:
     """What fills a part's variables; DownloadError when its file cannot be had."""
     return open_parts({part: fetch(file)}, config).match(part, variables)
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether `open_checkpoint` would take the source from a hub, or from its cache."""
+    if source in PRESETS:
+        return bool(PRESETS[source].files)
+    return not Path(source).exists() and hub_file(source) is not None
 
 
 def hub_file(source: Source) -> HubFile | None:

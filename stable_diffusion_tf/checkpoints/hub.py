@@ -8,6 +8,7 @@ first file is asked for.
 import errno
 import hashlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -105,6 +106,13 @@ def is_whole(file: HubFile, path: Path) -> bool | None:
     """Whether the cached file has the content it should have; None if nothing says what that is."""
     expected = expected_hash(file, path)
     return None if expected is None else _hash(path, expected) == expected
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal: of a large one in the cache as its link says, or computed."""
+    name = _target(path).name
+    known = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name)
+    return name if known else _hash(path, like=64 * "0")
 
 
 def list_files(repo: str) -> tuple[list[str], str]:

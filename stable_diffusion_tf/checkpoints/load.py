@@ -11,7 +11,7 @@ from keras import ops
 from keras.src.backend.common import global_state
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.fit import Checkpoint, Match
+from stable_diffusion_tf.checkpoints.fit import Match
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
@@ -42,14 +42,14 @@ def build_part(config: ModelConfig, part: str, dtype: str | None = None) -> kera
 
 
 def load_parts(
-    source: Source | Checkpoint, parts: Iterable[str], dtype: str | None = None
+    source: Source, parts: Iterable[str], dtype: str | None = None
 ) -> dict[str, keras.Model]:
     """Build some networks; then fill them, once all the tensors are known to fit.
 
     What fails leaves nothing behind, in memory or in Keras.
 
     Args:
-        source: as of `open_checkpoint`, or what it gave.
+        source: as of `open_checkpoint`.
         parts: of "text_encoder", "unet", "encoder" and "decoder".
         dtype: Keras dtype policy of the networks, such as "float32", "float16" or
             "mixed_bfloat16"; None is Keras's global one. Weights are converted to its variables'.
@@ -58,7 +58,7 @@ def load_parts(
         FileNotFoundError, CheckpointError: as of `open_checkpoint`; or tensors are missing, left
             over or of the wrong shape, all listed before any is read; or one is not finite.
     """
-    checkpoint = open_checkpoint(source) if isinstance(source, Source) else source
+    checkpoint = open_checkpoint(source)
     with _without_values():
         models = {part: build_part(checkpoint.config, part, dtype) for part in parts}
     matches: list[Match] = []

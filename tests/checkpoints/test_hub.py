@@ -20,6 +20,7 @@ from stable_diffusion_tf.checkpoints.hub import (
     cached,
     fetch,
     is_whole,
+    sha256,
 )
 
 REPO = "someone/some-model"
@@ -248,3 +249,16 @@ def test_processes_that_are_killed_or_two_at_once(hub, tmp_path, monkeypatch):
             assert process.returncode == 0, said
     assert cached(PINNED).read_bytes() == CONTENT
     assert ("HEAD", f"/{REPO}/resolve/main/weights.h5", "Bearer token") in hub.requests
+
+
+def test_a_hash_that_a_link_tells_is_not_computed(tmp_path):
+    content = tmp_path / "content"
+    content.write_bytes(b"some weights")
+    computed = hashlib.sha256(b"some weights").hexdigest()
+    (tmp_path / "plain").symlink_to(content)
+    assert sha256(content) == sha256(tmp_path / "plain") == computed
+    told = tmp_path / ("a" * 64)
+    content.rename(told)
+    (tmp_path / "linked").symlink_to(told)
+    assert sha256(tmp_path / "linked") == "a" * 64
+    assert sha256(told) == computed

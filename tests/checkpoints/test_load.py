@@ -339,3 +339,30 @@ def test_what_is_not_supported_is_refused_by_name(tiny_folder, file, changes, me
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(tiny_folder)
     assert file in str(caught.value)
+
+
+def test_an_opened_checkpoint_is_taken_as_it_is(tiny_model):
+    checkpoint = open_checkpoint(tiny_model)
+    assert open_checkpoint(checkpoint) is checkpoint
+    changed = open_checkpoint(checkpoint, prediction="v")
+    assert (changed.config.schedule.prediction, changed.parts) == ("v", checkpoint.parts)
+    with pytest.raises(ValueError, match="`ema` means nothing for an opened checkpoint"):
+        open_checkpoint(checkpoint, ema=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "there"),
+    [
+        ("emoji", False),
+        ("sd-v1-4-keras", True),
+        ("someone/some-model", True),
+        ("someone/some-model/file.ckpt", True),
+        ("a/folder", False),
+        ("../some-model", False),
+        ("", False),
+    ],
+)
+def test_what_is_on_a_hub(tmp_path, monkeypatch, source, there):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "folder").mkdir(parents=True)
+    assert catalog.is_on_hub(source) == there

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and alarm")
-def test_a_few_hundred_damaged_files_do_no_harm():
+@pytest.mark.parametrize("script", ["fuzz_checkpoints.py", "fuzz_images.py"])
+def test_a_few_hundred_damaged_files_do_no_harm(script):
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "fuzz_checkpoints.py", "--count", "300"],
+        [sys.executable, ROOT / "scripts" / script, "--count", "300"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -1,0 +1,138 @@
+"""`--like`: what a PNG says becomes the defaults of the command's options, by click's own means.
+
+A stranger may have written it. It is text, read as click reads that of the command line, and only
+for options that are a `Setting`; nothing else in a PNG has any effect.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+import click
+from click.core import ParameterSource
+
+from stable_diffusion_tf.checkpoints.hub import sha256
+from stable_diffusion_tf.images import MAX_PIXELS, read_png_text
+from stable_diffusion_tf.settings import read_settings
+
+PATHS = ("weights", "vae", "input_image", "input_mask")
+
+
+class Setting(click.Option):
+    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter."""
+
+
+setting = partial(click.option, cls=Setting)
+
+
+class Like(NamedTuple):
+    """A PNG whose picture is to be drawn again, perhaps with changes."""
+
+    path: str
+    prompt: str
+    seed: int
+    facts: Mapping[str, Any]
+
+
+def take_settings(context: click.Context, path: str) -> Like:
+    """Makes the settings that a PNG has the defaults of the command's options.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such PNG; or it has no settings, or some that are
+            damaged, unknown, out of range or dangerous.
+    """
+    text = read_png_text(path)
+    try:
+        settings, facts = read_settings(text)
+        like = Like(path, settings.pop("prompt", None), settings.get("seed"), facts)
+        given = {name: str(value) for name, value in settings.items() if value is not None}
+        read = _checked(context, given)
+        _check_batch(like, read.get("size"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be drawn again: {error}.") from None
+    context.default_map = given
+    return like
+
+
+def taken(context: click.Context, name: str) -> bool:
+    """Whether a setting is the PNG's, for want of one on the command line."""
+    return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+
+
+def changed(context: click.Context) -> bool:
+    """Whether the command line has any setting or number of pictures of its own."""
+    return any(
+        context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        for option in context.command.params
+        if isinstance(option, Setting) or option.name == "batch"
+    )
+
+
+def check_inputs(context: click.Context, like: Like) -> None:
+    """Raises ValueError if the pictures that it was drawn over are gone or others by now."""
+    for name in filter(partial(taken, context), ("input_image", "input_mask")):
+        path = Path(context.params[name])
+        if not path.is_file():
+            state = "is not here"
+        elif sha256(path) != like.facts.get(f"{name}_sha256"):
+            state = "is another one now"
+        else:
+            continue
+        raise ValueError(
+            f"{like.path} cannot be drawn again: its {name} {str(path)!r} {state}; give one with "
+            f"{_options(context)[name].opts[0]}."
+        )
+
+
+def check_model(like: Like, weights: str, model_hash: str) -> None:
+    """Raises ValueError if the model that it names is another by now."""
+    if model_hash != like.facts.get("model_hash"):
+        raise ValueError(
+            f"{like.path} cannot be drawn again: {weights} is another model now, whose hash is "
+            f"{model_hash}; give one with --weights."
+        )
+
+
+def _options(context: click.Context) -> dict[str, Setting]:
+    return {one.name: one for one in context.command.params if isinstance(one, Setting)}
+
+
+def _checked(context: click.Context, given: Mapping[str, str]) -> dict[str, Any]:
+    """Settings as click reads them; ValueError for one that this version has not, or not so."""
+    options = _options(context)
+    if unknown := sorted(given.keys() - options):
+        names = ", ".join(map(repr, unknown[:5]))
+        raise ValueError(f"this version has no settings {names}; a newer one may")
+    read = {}
+    for name, text in given.items():
+        try:
+            read[name] = options[name].type_cast_value(context, text)
+        except click.BadParameter as error:
+            raise ValueError(f"its {name}: {error.message.rstrip('.')}") from None
+        # Windows would tell that computer who asks.
+        if name in PATHS and PureWindowsPath(text).drive.startswith("\\\\"):
+            raise ValueError(
+                f"its {name} {text!r} is on another computer; if you trust that, give it with "
+                f"{options[name].opts[0]}"
+            )
+    return read
+
+
+def _check_batch(like: Like, size: tuple[int, int] | None) -> None:
+    """Raises ValueError if what says which pictures were drawn together is damaged or too much."""
+    seeds = like.facts.get("batch_seeds")
+    if not (
+        isinstance(like.prompt, str)
+        and size is not None
+        and isinstance(seeds, list)
+        and all(type(seed) is int for seed in seeds)
+        and like.seed in seeds
+    ):
+        raise ValueError("the text that says how to draw it is damaged")
+    width, height = size
+    if len(seeds) * width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it asks for {len(seeds)} pictures of {width}x{height} at once, over {MAX_PIXELS:,} "
+            "pixels"
+        )
