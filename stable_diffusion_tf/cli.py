@@ -148,6 +148,9 @@ def main() -> None:
 )
 @click.option("--jit", is_flag=True, help="Compile with XLA: slower to start, then faster.")
 @click.option(
+    "--engine", metavar="NAME", help="What runs the networks: openvino; else the Keras backend."
+)
+@click.option(
     "--output",
     default="outputs",
     show_default=True,
@@ -180,6 +183,7 @@ def generate(
     prediction: str | None,
     dtype: str,
     jit: bool,
+    engine: str | None,
     output: Path,
     quiet: bool,
 ) -> None:
@@ -218,6 +222,7 @@ def generate(
             img_width=width,
             dtype=dtype,
             jit_compile=jit,
+            engine=engine,
             vae=vae,
             prediction=prediction,
         )
@@ -458,7 +463,13 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
     """
     try:
         yield
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        NotImplementedError,
+        FloatingPointError,
+    ) as error:
         if drawing() and not isinstance(error, CheckpointError | OSError | FloatingPointError):
             raise
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
