@@ -67,7 +67,33 @@ def _converted(traced, variables):
     # leads to an output, it does not: so sines become outputs.
     waves = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
     model.add_results([opset13.result(node) for node in waves])
+    _fuse_attention(model)
     return model, names[len(variables) :], traced.structured_outputs, weights
+
+
+def _fuse_attention(model):
+    """Makes softmax(scale * q k^T) v, as Keras writes it, the one operation that OpenVINO has."""
+
+    def source(node):  # what a node is made of, past casts
+        while (node := node.input_value(0).get_node()).get_type_name() == "Convert":
+            pass
+        return node
+
+    swap = opset13.constant(np.array([0, 2, 1, 3]))  # (B, N, heads, d) <-> (B, heads, N, d)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Einsum" or source(node).get_type_name() != "Softmax":
+            continue
+        scaled = source(source(node))
+        if scaled.get_type_name() != "Multiply":  # masked
+            continue
+        logits = source(scaled)
+        scale = opset13.convert_like(scaled.input_value(1), logits)
+        q, k, v = (
+            opset13.transpose(values, swap)
+            for values in (*logits.input_values(), node.input_value(1))
+        )
+        fused = opset13.scaled_dot_product_attention(q, k, v, scale=scale)
+        node.output(0).replace(opset13.transpose(fused, swap).output(0))
 
 
 def _loaded(model, names, structure, weights):
