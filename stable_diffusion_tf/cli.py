@@ -210,6 +210,9 @@ def main() -> None:
     default=False,
     help="Compile with XLA: slower to start, then faster.",
 )
+@setting(
+    "--engine", metavar="NAME", help="What runs the networks: openvino; else the Keras backend."
+)
 @click.option(
     "--output",
     default="outputs",
@@ -239,6 +242,7 @@ def generate(
     prediction: str | None,
     dtype: str,
     jit_compile: bool,
+    engine: str | None,
     **drawing: Any,
 ) -> None:
     """Draw a picture of each PROMPT, from nothing or over another picture.
@@ -287,6 +291,7 @@ def generate(
             img_width=width,
             dtype=dtype,
             jit_compile=jit_compile,
+            engine=engine,
         )
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt", emphasis=drawing["emphasis"])
@@ -304,6 +309,7 @@ def generate(
             "prediction": prediction,
             "dtype": dtype,
             "jit_compile": jit_compile,
+            "engine": engine,
         }
         facts = {"version": installed_version(), "model": sd.config.name}
 
@@ -555,7 +561,13 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
     """
     try:
         yield
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        NotImplementedError,
+        FloatingPointError,
+    ) as error:
         if drawing() and not isinstance(error, CheckpointError | OSError | FloatingPointError):
             raise
         click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)

@@ -16,7 +16,7 @@ from stable_diffusion_tf import arguments
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.compile import backend, compiled
+from stable_diffusion_tf.compile import compiler
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import add_noise, denoiser
 from stable_diffusion_tf.diffusion.inpainting import repainting
@@ -125,6 +125,7 @@ class StableDiffusion:
         img_width: int | None = None,
         dtype: str = "float32",
         jit_compile: bool = False,
+        engine: str | None = None,
         **options: Any,
     ) -> "StableDiffusion":
         """Opens a model: its files are checked now, its weights are read at first use.
@@ -141,14 +142,19 @@ class StableDiffusion:
             dtype: of the networks: "float32", "float16", "bfloat16", "mixed_float16" or
                 "mixed_bfloat16". The noise levels are stepped through in float32 whatever it is.
             jit_compile: compile through XLA: slower to start, then faster.
+            engine: what runs the networks: None, the Keras backend; "openvino": OpenVINO on the
+                CPU, in bfloat16 where `dtype` has that, else in float32; for each shape that is
+                drawn it compiles and keeps a copy of the weights. Needs
+                `pip install "stable-diffusion-tf[openvino]"`.
             options: `prediction`, `vae`, `ema`, `variant` and `config`, as of
                 `checkpoints.catalog.open_checkpoint`.
 
         Raises:
             FileNotFoundError, CheckpointError, DownloadError: as of `open_checkpoint`; tensors that
                 do not fit are found when the network they belong to is first used.
-            TypeError, ValueError: a size does not fit the model, `dtype` is unknown, or the Keras
-                backend is not supported.
+            TypeError, ValueError: a size does not fit the model, `dtype` or `engine` is unknown, or
+                the Keras backend, or the engine on it, is not supported.
+            ImportError: the engine is not installed.
         """
         arguments.check_choice("dtype", dtype, DTYPES)
         checkpoint = open_checkpoint(source, **options)
@@ -159,6 +165,7 @@ class StableDiffusion:
             img_height,
             img_width,
             jit_compile,
+            engine,
         )
         return sd
 
@@ -170,16 +177,18 @@ class StableDiffusion:
         img_height: int | None = None,
         img_width: int | None = None,
         jit_compile: bool = False,
+        engine: str | None = None,
     ) -> "StableDiffusion":
         """Draws with networks that are in memory, such as those in training; they are not copied.
 
+        An engine draws with the values that their weights had when it first drew in that shape.
+
         Args:
             models: the four networks and their config.
-            img_height, img_width, jit_compile: as of `from_pretrained`.
+            img_height, img_width, jit_compile, engine: as of `from_pretrained`.
 
         Raises:
-            TypeError, ValueError: a size does not fit the model, or the Keras backend is not
-                supported.
+            TypeError, ValueError, ImportError: as of `from_pretrained`.
         """
         sd = cls.__new__(cls)
         sd._setup(
@@ -188,6 +197,7 @@ class StableDiffusion:
             img_height,
             img_width,
             jit_compile,
+            engine,
         )
         return sd
 
@@ -198,8 +208,10 @@ class StableDiffusion:
         img_height: int | None,
         img_width: int | None,
         jit_compile: bool,
+        engine: str | None = None,
     ) -> None:
-        backend()  # one that is not supported must not be found after the weights are read
+        # First of all: what cannot be had must not be found after the weights are read.
+        self._compile = compiler(engine, jit_compile)
         img_height = config.image_size if img_height is None else img_height
         img_width = config.image_size if img_width is None else img_width
         for name, size in (("img_height", img_height), ("img_width", img_width)):
@@ -207,7 +219,6 @@ class StableDiffusion:
         self.config = config
         self.img_height = int(img_height)
         self.img_width = int(img_width)
-        self.jit_compile = jit_compile
         self.tokenizer = Tokenizer()
         self.tile = TILE * config.autoencoder.factor
         self._of_this_thread = threading.local()
@@ -687,7 +698,7 @@ class StableDiffusion:
                 x, step
             )
 
-        return compiled(denoise, unet.variables, self.jit_compile)
+        return self._compile(denoise, unet.variables)
 
     def _reader(self, clip_skip: int) -> Callable:
         with self._building:
@@ -712,7 +723,7 @@ class StableDiffusion:
         def call(inputs):
             return ops.cast(model(inputs), "float32")
 
-        return compiled(call, model.variables, self.jit_compile)
+        return self._compile(call, model.variables)
 
 
 def _alone(function: Callable, one: np.ndarray) -> np.ndarray:

@@ -196,6 +196,7 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--strength", "1.5"], "input_image_strength must be over 0, up to 1, not 1.5"),
         (["a", "--feather", "-1"], "mask_feather must be 0 pixels or more"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["a", "--engine", "onnx"], "unknown engine 'onnx'; known: openvino"),
         (["a", "(cat:101)"], "prompt[1]: 'cat' has the weight 101"),
         (["a", "--clip-skip", "4"], "clip_skip must be a whole number from 1 to 3"),
         (["a", "--prompts-file", "file"], "--prompts-file file is not UTF-8"),

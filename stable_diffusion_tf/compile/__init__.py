@@ -1,9 +1,13 @@
-"""The only module that knows Keras's backends: how each compiles a function and differentiates.
+"""The only place that knows Keras's backends: how each compiles a function and differentiates.
 
-Everything else is written in `keras.ops` and `keras.layers`.
+Everything else is written in `keras.ops` and `keras.layers`. What TensorFlow has traced, an engine
+may run: each is a module here, named after the package that it needs.
 """
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import keras
 
@@ -23,15 +27,40 @@ def backend():
     return _BACKENDS[name]
 
 
-def compiled(function, variables=(), jit=False):
-    """Returns `function` of tensors compiled once per input shape.
+def compiler(engine: str | None = None, jit: bool = False) -> Callable:
+    """Returns `compiled(function, variables=())`, which compiles once per input shape.
+
+    `function` is pure in its arguments: tensors, nested tuples of them, or None. `variables` are
+    the Keras variables that it reads. The Keras backend's own code sees their values at each call;
+    an engine those that they had when the shape was compiled.
 
     Args:
-        function: pure in its arguments: tensors, nested tuples of them, or None.
-        variables: the Keras variables that it reads, whose current values every call sees.
+        engine: None: the Keras backend itself; or one of `ENGINES`, for inference only.
         jit: compile through XLA. On the JAX backend everything is, whatever this says.
+
+    Raises:
+        ValueError: the Keras backend is not supported, the engine is unknown, or they or `jit` do
+            not go together.
+        ImportError: the engine is not installed.
     """
-    return backend().compiled(function, variables, jit)
+    own = backend()
+    if engine is None:
+        return partial(own.compiled, jit=jit)
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}, or None")
+    if own is not _TensorFlow:
+        raise ValueError(
+            f"engine {engine!r} runs what TensorFlow has traced; set KERAS_BACKEND to tensorflow, "
+            "or leave the engine out"
+        )
+    if jit:
+        raise ValueError(f"engine {engine!r} does without XLA; leave jit_compile out")
+    if find_spec(engine) is None:
+        raise ImportError(
+            f"engine {engine!r} is not installed: "
+            f'run `pip install "stable-diffusion-tf[{engine}]"`, or leave the engine out'
+        )
+    return import_module(f"{__name__}.{engine}").compiled
 
 
 def training_step(loss, variables, optimizer, jit=False):
@@ -48,7 +77,7 @@ def training_step(loss, variables, optimizer, jit=False):
 
 class _TensorFlow:
     @staticmethod
-    def compiled(function, variables, jit):
+    def compiled(function, variables=(), jit=False):
         import tensorflow as tf
 
         return tf.function(function, jit_compile=jit or None, autograph=False)
@@ -72,7 +101,7 @@ class _TensorFlow:
 
 class _Jax:
     @staticmethod
-    def compiled(function, variables, jit):
+    def compiled(function, variables=(), jit=False):
         import jax
 
         @jax.jit
@@ -109,3 +138,4 @@ class _Jax:
 
 
 _BACKENDS = {"tensorflow": _TensorFlow, "jax": _Jax}
+ENGINES = ("openvino",)

@@ -1,0 +1,140 @@
+"""Engines: what the Keras backend has traced, run by another."""
+
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+import synth
+from tiny import TINY, write_folder
+
+from stable_diffusion_tf import StableDiffusion
+from stable_diffusion_tf import compile as compile_module
+from stable_diffusion_tf.checkpoints.load import load
+from stable_diffusion_tf.compile import compiler
+
+SIZE = {"img_height": 14, "img_width": 10}  # of odd latents
+RNG = np.random.default_rng(0)
+PHOTO = RNG.random((14, 10, 3), dtype=np.float32)
+MASK = np.zeros((14, 10), bool)
+MASK[3:9, 2:7] = True
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model):
+    """The same model on TensorFlow and on OpenVINO, in float32."""
+    return [
+        StableDiffusion.from_pretrained(tiny_model, **SIZE, engine=engine)
+        for engine in (None, "openvino")
+    ]
+
+
+def drawn(sd, prompt="a red apple", **settings):
+    settings = {"num_steps": 3, "seed": 0, "output": "float", "progress": False, **settings}
+    return sd.generate(prompt, "blue", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"unconditional_guidance_scale": 1},
+        {"guidance_rescale": 0.7, "sampler": "euler", "batch_size": 2},
+        {"prompt": "cat " * 80, "clip_skip": 2, "sampler": "dpmpp_2m"},
+        {"input_image": PHOTO},
+        {"input_image": PHOTO, "input_mask": MASK, "input_image_strength": 1},
+    ],
+    ids=["guided", "unguided", "batch", "chunks", "image", "mask"],
+)
+def test_an_engine_draws_the_backends_pictures(engines, settings):
+    expected, found = (drawn(sd, **settings) for sd in engines)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_inpainting_networks_mask_passes_through_an_engine(tmp_path, tiny_weights):
+    config = replace(TINY, unet=replace(TINY.unet, in_channels=9))
+    first = {"conv_in.weight": synth.weight("conv_in.weight", (32, 9, 3, 3))}
+    weights = {**tiny_weights, "unet": tiny_weights["unet"] | first}
+    folder = write_folder(tmp_path / "inpainting", config, weights)
+    settings = {"input_image": PHOTO, "input_mask": MASK, "input_image_strength": 1}
+    expected, found = (
+        drawn(StableDiffusion.from_pretrained(folder, **SIZE, engine=engine), **settings)
+        for engine in (None, "openvino")
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
+def test_an_engine_computes_in_the_dtype(engines, tiny_model, dtype):
+    sd = StableDiffusion.from_pretrained(tiny_model, **SIZE, dtype=dtype, engine="openvino")
+    difference = drawn(sd) - drawn(engines[0])
+    signal_to_noise = -10 * np.log10((difference**2).mean())
+    assert 25 < signal_to_noise < (60 if "bfloat16" in dtype else 100)
+
+
+def test_timesteps_stay_exact_in_bfloat16(tiny_model):
+    """bfloat16 has no 981, only 980 and 984."""
+    unet = load(tiny_model, "mixed_bfloat16").unet
+    run = compiler("openvino")(lambda *inputs: unet(inputs), unet.variables)
+    latents, context = (RNG.standard_normal(s, dtype="f") for s in ((1, 8, 8, 4), (1, 77, 32)))
+
+    def predicted(step):
+        return np.asarray(run(latents, np.array([step], np.float32), context), np.float32)
+
+    assert abs(predicted(981) - predicted(980)).max() > 0
+
+
+def test_an_engine_compiles_once_a_shape_and_takes_the_weights_then():
+    dense = keras.layers.Dense(3)
+    dense.build((None, 2))
+    calls = []
+
+    def function(x):
+        calls.append(x.shape)
+        return dense(x)
+
+    run = compiler("openvino")(function, dense.variables)
+    x = RNG.standard_normal((4, 2), dtype="f")
+    expected = np.asarray(dense(x))
+    dense.kernel.assign(np.asarray(dense.kernel))
+    for _ in range(2):
+        np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-6)
+        dense.kernel.assign(np.zeros((2, 3)))
+    assert calls == [(4, 2)]
+    np.testing.assert_array_equal(run(x[:1]), [[0, 0, 0]])
+
+
+def test_structures_and_none_pass_through_an_engine():
+    def function(x, pair, nothing):
+        assert nothing is None
+        return x + 1, {"both": pair[0] * pair[1]}
+
+    one, other = compiler("openvino")(function)(
+        np.float32(1), (np.ones(2, "f"), np.ones(2, "f")), None
+    )
+    assert np.asarray(one) == 2
+    np.testing.assert_array_equal(other["both"], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "onnx"}, "unknown engine 'onnx'; known: openvino, or None"),
+        ({"engine": "openvino", "jit_compile": True}, "does without XLA; leave jit_compile out"),
+    ],
+)
+def test_engines_that_cannot_be_had_are_refused_on_opening(tiny_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion.from_pretrained(tiny_model, **settings)
+
+
+def test_an_engine_needs_tensorflow(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ValueError, match="'openvino' runs what TensorFlow has traced; set KERAS_"):
+        compiler("openvino")
+
+
+def test_an_engine_that_is_not_installed_is_asked_for(monkeypatch):
+    monkeypatch.setattr(compile_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'run `pip install "stable-diffusion-tf\[openvino\]"`'):
+        compiler("openvino")
