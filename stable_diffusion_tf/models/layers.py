@@ -25,7 +25,26 @@ def dtype_policy(dtype):
 
 
 def conv(x, width, name, kernel=3):
-    return layers.Conv2D(width, kernel, padding="same", name=name)(x)
+    return Convolution(width, kernel, padding="same", name=name)(x)
+
+
+class Convolution(layers.Conv2D):
+    """Conv2D of stride 1, "same": one matrix product where the kernel outweighs all patches of x.
+
+    There TensorFlow's own takes up to 4 times as long on a CPU. Where a size is unknown at tracing,
+    it is Keras's convolution.
+    """
+
+    def call(self, x):
+        batch, height, width, _ = x.shape
+        if None in (batch, height, width) or batch * height * width > self.filters:
+            return super().call(x)
+        rows, columns = self.kernel_size
+        top, left = rows // 2, columns // 2
+        x = ops.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+        shifted = [x[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
+        kernel = ops.reshape(self.kernel, (-1, self.filters))
+        return ops.add(ops.matmul(ops.concatenate(shifted, axis=-1), kernel), self.bias)
 
 
 def dense(x, width, name, bias=True):

@@ -1,0 +1,75 @@
+"""The parts that are written for speed compute what the plain ones do, and their gradients."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as plain
+from keras import ops
+
+from stable_diffusion_tf.models.layers import (
+    Convolution,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def close(found, expected, tolerance=2e-6):
+    found, expected = ops.convert_to_numpy(found), ops.convert_to_numpy(expected)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def twins(ours, theirs, shape):
+    """Two layers with the same weights, none of them 0 or 1."""
+    for layer in (ours, theirs):
+        layer.build(shape)
+    for variable, peer in zip(ours.variables, theirs.variables, strict=True):
+        variable.assign(normal(*variable.shape))
+        peer.assign(variable)
+    return ours, theirs
+
+
+def gradients(layer, *inputs):
+    """Of a sum in which every output has another weight."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def loss(values):
+            pairs = list(zip(layer.variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=pairs):
+                out = layer(*inputs)
+            return ops.sum(out * ops.cos(ops.reshape(ops.arange(ops.size(out)), ops.shape(out))))
+
+        return jax.grad(loss)([v.value for v in layer.variables])
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        out = layer(*inputs)
+        place = tf.reshape(tf.range(tf.size(out), dtype="float32"), tf.shape(out))
+        loss = tf.reduce_sum(out * tf.cos(place))
+    return tape.gradient(loss, [v.value for v in layer.variables])
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(3, (2, 3)), (3, (1, 1)), (1, (4, 2)), (3, (8, 8))])
+def test_convolution(kernel, size):
+    shape = (2, *size, 6)
+    ours, theirs = twins(
+        Convolution(16, kernel, padding="same"), plain.Conv2D(16, kernel, padding="same"), shape
+    )
+    x = normal(*shape)
+    close(ours(x), theirs(x))
+    for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        close(found, expected, 1e-5)
+
+
+def test_few_positions_are_one_product(monkeypatch):
+    layer = Convolution(16, 3, padding="same")
+    layer.build((None, None, None, 6))
+    monkeypatch.setattr(layer, "convolution_op", None)
+    layer(normal(1, 4, 4, 6))
+    with pytest.raises(TypeError, match="not callable"):
+        layer(normal(1, 4, 5, 6))
