@@ -52,7 +52,31 @@ def dense(x, width, name, bias=True):
 
 
 def group_norm(x, groups, name, epsilon=EPSILON):
-    return layers.GroupNormalization(groups, epsilon=epsilon, name=name)(x)
+    return GroupNormalization(groups, epsilon=epsilon, name=name)(x)
+
+
+class GroupNormalization(layers.GroupNormalization):
+    """Keras's (Wu and He 2018, arXiv:1803.08494), several times as fast on a CPU.
+
+    Keras reduces over pixels and a group's channels at once, for which TensorFlow has no fast loop.
+    Here it is over pixels; what remains is a mean and a variance a channel to put together.
+    """
+
+    def call(self, x):
+        shape, channels = ops.shape(x), x.shape[-1]
+        groups = (shape[0], 1, self.groups, channels // self.groups)
+        x = ops.cast(ops.reshape(x, (shape[0], -1, channels)), "float32")
+        means, variances = (
+            ops.reshape(moment, groups) for moment in ops.moments(x, axes=[1], keepdims=True)
+        )
+        mean = ops.mean(means, axis=-1, keepdims=True)
+        variance = ops.mean(variances + ops.square(means - mean), axis=-1, keepdims=True)
+        gamma, beta = (
+            ops.reshape(ops.cast(w, "float32"), groups[2:]) for w in (self.gamma, self.beta)
+        )
+        scale = gamma * ops.rsqrt(variance + self.epsilon)
+        scale, shift = (ops.reshape(w, (-1, 1, channels)) for w in (scale, beta - mean * scale))
+        return ops.reshape(ops.cast(x * scale + shift, self.compute_dtype), shape)
 
 
 def layer_norm(x, name):

@@ -8,6 +8,7 @@ from keras import ops
 
 from stable_diffusion_tf.models.layers import (
     Convolution,
+    GroupNormalization,
 )
 
 RNG = np.random.default_rng(0)
@@ -73,3 +74,28 @@ def test_few_positions_are_one_product(monkeypatch):
     layer(normal(1, 4, 4, 6))
     with pytest.raises(TypeError, match="not callable"):
         layer(normal(1, 4, 5, 6))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "bfloat16"])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_group_normalization(dtype, offset):
+    shape = (2, 5, 3, 12)
+    ours, theirs = twins(
+        GroupNormalization(4, epsilon=1e-6, dtype=dtype),
+        plain.GroupNormalization(4, epsilon=1e-6, dtype="float32"),
+        shape,
+    )
+    x = ops.cast(normal(*shape) + offset, ours.compute_dtype)
+    found = ours(x)
+    assert keras.backend.standardize_dtype(found.dtype) == ours.compute_dtype
+    rounding = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}[ours.compute_dtype]
+    close(ops.cast(found, "float32"), theirs(ops.cast(x, "float32")), rounding)
+
+
+def test_group_normalization_is_differentiated():
+    shape = (2, 5, 3, 12)
+    ours, theirs = twins(GroupNormalization(4), plain.GroupNormalization(4), shape)
+    ours.epsilon = theirs.epsilon
+    x = normal(*shape)
+    for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        close(found, expected, 1e-5)
