@@ -9,6 +9,7 @@ from keras import ops
 from stable_diffusion_tf.models.layers import (
     Convolution,
     GroupNormalization,
+    gelu,
 )
 
 RNG = np.random.default_rng(0)
@@ -99,3 +100,8 @@ def test_group_normalization_is_differentiated():
     x = normal(*shape)
     for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
         close(found, expected, 1e-5)
+
+
+def test_gelu():
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    close(gelu(x), ops.gelu(x, approximate=False), 1e-6)
