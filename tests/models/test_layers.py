@@ -6,8 +6,11 @@ import pytest
 from keras import layers as plain
 from keras import ops
 
+from stable_diffusion_tf.compile import compiled
+from stable_diffusion_tf.models import layers
 from stable_diffusion_tf.models.layers import (
     Convolution,
+    DotProductAttention,
     GroupNormalization,
     gelu,
 )
@@ -105,3 +108,15 @@ def test_group_normalization_is_differentiated():
 def test_gelu():
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     close(gelu(x), ops.gelu(x, approximate=False), 1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("block", [16 * 16 // 4, 40, 1])
+def test_attention_in_blocks_is_exact(monkeypatch, size, block):
+    q, k, v = normal(3, 2, *size, 8)
+    layer = DotProductAttention(heads=2)
+    whole = layer(q, k, v)
+    monkeypatch.setattr(layers, "BLOCK", block)
+    close(layer(q, k, v), whole)
+    in_a_graph = compiled(lambda *args: layer(*args))
+    close(in_a_graph(*map(ops.convert_to_tensor, (q, k, v))), whole)
