@@ -100,7 +100,7 @@ def test_an_engine_compiles_once_a_shape_and_takes_the_weights_then():
     for _ in range(2):
         np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-6)
         dense.kernel.assign(np.zeros((2, 3)))
-    assert calls == [(4, 2)]
+    assert len(calls) == 1
     np.testing.assert_array_equal(run(x[:1]), [[0, 0, 0]])
 
 

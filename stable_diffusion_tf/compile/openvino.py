@@ -25,26 +25,37 @@ def compiled(function, variables=()):
         shapes = tuple(None if leaf is None else tuple(leaf.shape) for leaf in leaves)
         with lock:  # one thing at a time, on all cores
             if shapes not in ready:
-                ready[shapes] = _loaded(*_converted(_traced(function, variables, args), variables))
+                traced = _traced(function, variables, args)
+                sizes = [shape for shape in shapes if shape is not None]
+                ready[shapes] = _loaded(*_converted(traced, variables, sizes))
             return ready[shapes]([np.asarray(leaf) for leaf in leaves if leaf is not None])
 
     return run
 
 
 def _traced(function, variables, args):
-    """A TensorFlow graph; its inputs are the variables' values, then the tensors in `args`."""
+    """A TensorFlow graph; its inputs are the variables' values, then the tensors in `args`.
+
+    Of these it knows ranks and channels: for known sizes, layers have ways that suit TensorFlow.
+    """
 
     @tf.function(autograph=False)
     def traced(values, args):  # variables that are no arguments would be copied into the graph
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
             return function(*args)
 
+    def any_size(tensor):
+        if tensor is None:
+            return None
+        unknown = [None] * (len(tensor.shape) - 1)
+        return tf.TensorSpec([*unknown, *tensor.shape[-1:]], tensor.dtype)
+
     values = [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
-    return traced.get_concrete_function(values, args)
+    return traced.get_concrete_function(values, tree.map_structure(any_size, args))
 
 
-def _converted(traced, variables):
-    """An OpenVINO model, and the rest of what `_loaded` takes."""
+def _converted(traced, variables, shapes):
+    """An OpenVINO model for inputs of `shapes`, and the rest of what `_loaded` takes."""
     with tempfile.TemporaryDirectory() as folder:  # of graphs in memory, it reads no bfloat16
         path = Path(folder, "graph.pb")
         path.write_bytes(_with_float32_constants(traced.graph).SerializeToString())
@@ -55,6 +66,7 @@ def _converted(traced, variables):
         model = frontend.convert(draft)
 
     names = [tensor.name for tensor in traced.inputs]
+    model.reshape(dict(zip(names[len(variables) :], shapes, strict=True)))
     weights = []  # TensorFlow's own memory, not copied: it must live as long as the model
     for name, variable in zip(names, variables, strict=False):
         port = model.input(name)

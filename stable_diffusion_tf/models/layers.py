@@ -5,12 +5,17 @@ published name: `down_blocks.0.resnets.1.conv1/kernel`. Activations are channels
 works on (B, H, W, C) and (B, N, C) alike and flattens positions only inside the product.
 """
 
+import math
 from contextlib import contextmanager
 
 import keras
 from keras import layers, ops
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
+
+# Attention weights of one head in memory at once: 8 MB, which caches still hold. JAX has fused
+# attention of its own where it counts.
+BLOCK = 2**21 if keras.backend.backend() == "tensorflow" else math.inf
 
 
 @contextmanager
@@ -25,7 +30,26 @@ def dtype_policy(dtype):
 
 
 def conv(x, width, name, kernel=3):
-    return layers.Conv2D(width, kernel, padding="same", name=name)(x)
+    return Convolution(width, kernel, padding="same", name=name)(x)
+
+
+class Convolution(layers.Conv2D):
+    """Conv2D of stride 1, "same": one matrix product where the kernel outweighs all patches of x.
+
+    There TensorFlow's own takes up to 4 times as long on a CPU. Where a size is unknown at tracing,
+    it is Keras's convolution.
+    """
+
+    def call(self, x):
+        batch, height, width, _ = x.shape
+        if None in (batch, height, width) or batch * height * width > self.filters:
+            return super().call(x)
+        rows, columns = self.kernel_size
+        top, left = rows // 2, columns // 2
+        x = ops.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+        shifted = [x[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
+        kernel = ops.reshape(self.kernel, (-1, self.filters))
+        return ops.add(ops.matmul(ops.concatenate(shifted, axis=-1), kernel), self.bias)
 
 
 def dense(x, width, name, bias=True):
@@ -33,7 +57,31 @@ def dense(x, width, name, bias=True):
 
 
 def group_norm(x, groups, name, epsilon=EPSILON):
-    return layers.GroupNormalization(groups, epsilon=epsilon, name=name)(x)
+    return GroupNormalization(groups, epsilon=epsilon, name=name)(x)
+
+
+class GroupNormalization(layers.GroupNormalization):
+    """Keras's (Wu and He 2018, arXiv:1803.08494), several times as fast on a CPU.
+
+    Keras reduces over pixels and a group's channels at once, for which TensorFlow has no fast loop.
+    Here it is over pixels; what remains is a mean and a variance a channel to put together.
+    """
+
+    def call(self, x):
+        shape, channels = ops.shape(x), x.shape[-1]
+        groups = (shape[0], 1, self.groups, channels // self.groups)
+        x = ops.cast(ops.reshape(x, (shape[0], -1, channels)), "float32")
+        means, variances = (
+            ops.reshape(moment, groups) for moment in ops.moments(x, axes=[1], keepdims=True)
+        )
+        mean = ops.mean(means, axis=-1, keepdims=True)
+        variance = ops.mean(variances + ops.square(means - mean), axis=-1, keepdims=True)
+        gamma, beta = (
+            ops.reshape(ops.cast(w, "float32"), groups[2:]) for w in (self.gamma, self.beta)
+        )
+        scale = gamma * ops.rsqrt(variance + self.epsilon)
+        scale, shift = (ops.reshape(w, (-1, 1, channels)) for w in (scale, beta - mean * scale))
+        return ops.reshape(ops.cast(x * scale + shift, self.compute_dtype), shape)
 
 
 def layer_norm(x, name):
@@ -47,14 +95,15 @@ def quick_gelu(x):
 
 def gelu(x):
     """Exact (erf) GELU; tanh's approximation is off by 1e-4."""
-    return ops.gelu(x, approximate=False)
+    return 0.5 * x * (1 + ops.erf(x * 0.5**0.5))  # Keras's is of erfc, which is slower
 
 
 class DotProductAttention(layers.Layer):
     """softmax(q k^T / sqrt(d)) v over `heads` heads (Vaswani et al. 2017, arXiv:1706.03762).
 
     q (B, ..., C), k and v (B, ..., C) -> like q. Softmax runs in float32; under float16 so do
-    the products, which overflow it in Stable Diffusion 2.1.
+    the products, which overflow it in Stable Diffusion 2.1. Where one head has more than `BLOCK`
+    weights, its queries are taken in blocks, one after the other: each is exact by itself.
     """
 
     def __init__(self, heads, causal=False, **kwargs):
@@ -67,8 +116,35 @@ class DotProductAttention(layers.Layer):
             x = ops.cast(x, "float32") if self.compute_dtype == "float16" else x
             return ops.reshape(x, (ops.shape(x)[0], -1, self.heads, x.shape[-1] // self.heads))
 
-        out = ops.dot_product_attention(split(q), split(k), split(v), is_causal=self.causal)
-        return ops.cast(ops.reshape(out, ops.shape(q)), self.compute_dtype)
+        shape = ops.shape(q)
+        q, k, v = split(q), split(k), split(v)
+        q = q * q.shape[-1] ** -0.5  # here, not on their products, of which there are more
+        sizes = q.shape[1], k.shape[1]
+        split_up = None not in sizes and math.prod(sizes) > BLOCK and not self.causal
+        attend = self._attend_in_blocks if split_up else self._attend
+        return ops.cast(ops.reshape(attend(q, k, v), shape), self.compute_dtype)
+
+    def _attend(self, q, k, v):
+        return ops.dot_product_attention(q, k, v, scale=1.0, is_causal=self.causal)
+
+    def _attend_in_blocks(self, q, k, v):
+        def by_head(x):  # (B, N, heads, d) -> (B * heads, N, 1, d)
+            _, count, _, width = ops.shape(x)
+            return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, count, 1, width))
+
+        batch, count, heads, width = ops.shape(q)
+        blocks = min(math.ceil(count * k.shape[1] / BLOCK), count)
+        rows = math.ceil(count / blocks)
+        q = ops.pad(q, ((0, 0), (0, blocks * rows - count), (0, 0), (0, 0)))
+        q, k, v = ops.reshape(by_head(q), (-1, rows, 1, width)), by_head(k), by_head(v)
+
+        def block(i):
+            one = i // blocks
+            return self._attend(q[i][None], k[one][None], v[one][None])
+
+        out = ops.map(block, ops.arange(batch * heads * blocks))
+        out = ops.reshape(out, (batch, heads, blocks * rows, width))
+        return ops.transpose(out, (0, 2, 1, 3))[:, :count]
 
     def compute_output_shape(self, q_shape, k_shape, v_shape):
         return q_shape

@@ -1,0 +1,122 @@
+"""The parts that are written for speed compute what the plain ones do, and their gradients."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as plain
+from keras import ops
+
+from stable_diffusion_tf.compile import compiled
+from stable_diffusion_tf.models import layers
+from stable_diffusion_tf.models.layers import (
+    Convolution,
+    DotProductAttention,
+    GroupNormalization,
+    gelu,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def close(found, expected, tolerance=2e-6):
+    found, expected = ops.convert_to_numpy(found), ops.convert_to_numpy(expected)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def twins(ours, theirs, shape):
+    """Two layers with the same weights, none of them 0 or 1."""
+    for layer in (ours, theirs):
+        layer.build(shape)
+    for variable, peer in zip(ours.variables, theirs.variables, strict=True):
+        variable.assign(normal(*variable.shape))
+        peer.assign(variable)
+    return ours, theirs
+
+
+def gradients(layer, *inputs):
+    """Of a sum in which every output has another weight."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def loss(values):
+            pairs = list(zip(layer.variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=pairs):
+                out = layer(*inputs)
+            return ops.sum(out * ops.cos(ops.reshape(ops.arange(ops.size(out)), ops.shape(out))))
+
+        return jax.grad(loss)([v.value for v in layer.variables])
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        out = layer(*inputs)
+        place = tf.reshape(tf.range(tf.size(out), dtype="float32"), tf.shape(out))
+        loss = tf.reduce_sum(out * tf.cos(place))
+    return tape.gradient(loss, [v.value for v in layer.variables])
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(3, (2, 3)), (3, (1, 1)), (1, (4, 2)), (3, (8, 8))])
+def test_convolution(kernel, size):
+    shape = (2, *size, 6)
+    ours, theirs = twins(
+        Convolution(16, kernel, padding="same"), plain.Conv2D(16, kernel, padding="same"), shape
+    )
+    x = normal(*shape)
+    close(ours(x), theirs(x))
+    for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        close(found, expected, 1e-5)
+
+
+def test_few_positions_are_one_product(monkeypatch):
+    layer = Convolution(16, 3, padding="same")
+    layer.build((None, None, None, 6))
+    monkeypatch.setattr(layer, "convolution_op", None)
+    layer(normal(1, 4, 4, 6))
+    with pytest.raises(TypeError, match="not callable"):
+        layer(normal(1, 4, 5, 6))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "bfloat16"])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_group_normalization(dtype, offset):
+    shape = (2, 5, 3, 12)
+    ours, theirs = twins(
+        GroupNormalization(4, epsilon=1e-6, dtype=dtype),
+        plain.GroupNormalization(4, epsilon=1e-6, dtype="float32"),
+        shape,
+    )
+    x = ops.cast(normal(*shape) + offset, ours.compute_dtype)
+    found = ours(x)
+    assert keras.backend.standardize_dtype(found.dtype) == ours.compute_dtype
+    rounding = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}[ours.compute_dtype]
+    close(ops.cast(found, "float32"), theirs(ops.cast(x, "float32")), rounding)
+
+
+def test_group_normalization_is_differentiated():
+    shape = (2, 5, 3, 12)
+    ours, theirs = twins(GroupNormalization(4), plain.GroupNormalization(4), shape)
+    ours.epsilon = theirs.epsilon
+    x = normal(*shape)
+    for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        close(found, expected, 1e-5)
+
+
+def test_gelu():
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    close(gelu(x), ops.gelu(x, approximate=False), 1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("block", [16 * 16 // 4, 40, 1])
+def test_attention_in_blocks_is_exact(monkeypatch, size, block):
+    q, k, v = normal(3, 2, *size, 8)
+    layer = DotProductAttention(heads=2)
+    whole = layer(q, k, v)
+    monkeypatch.setattr(layers, "BLOCK", block)
+    close(layer(q, k, v), whole)
+    in_a_graph = compiled(lambda *args: layer(*args))
+    close(in_a_graph(*map(ops.convert_to_tensor, (q, k, v))), whole)
