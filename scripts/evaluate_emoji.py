@@ -150,7 +150,7 @@ def sheet(
 
 @click.command(help=__doc__)
 @click.option("--weights", default="emoji", show_default=True, help="Preset or folder.")
-@click.option("--prompts", default=200, show_default=True, help="How many of the training pairs.")
+@click.option("--prompts", default=600, show_default=True, help="How many of the training pairs.")
 @click.option("--steps", default=25, show_default=True)
 @click.option("--guidance", type=float, help="The model's own unless given.")
 @click.option("--batch", default=25, show_default=True, help="Pictures at a time.")

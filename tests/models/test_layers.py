@@ -6,7 +6,7 @@ import pytest
 from keras import layers as plain
 from keras import ops
 
-from stable_diffusion_tf.compile import compiled
+from stable_diffusion_tf.compile import compiler
 from stable_diffusion_tf.models import layers
 from stable_diffusion_tf.models.layers import (
     Convolution,
@@ -118,5 +118,5 @@ def test_attention_in_blocks_is_exact(monkeypatch, size, block):
     whole = layer(q, k, v)
     monkeypatch.setattr(layers, "BLOCK", block)
     close(layer(q, k, v), whole)
-    in_a_graph = compiled(lambda *args: layer(*args))
+    in_a_graph = compiler()(lambda *args: layer(*args))
     close(in_a_graph(*map(ops.convert_to_tensor, (q, k, v))), whole)
