@@ -32,8 +32,8 @@ def png_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
 
     Args:
         settings: all that it takes to draw it again, by parameter: "prompt" and "seed", the rest of
-            `generate`'s, and the model's "weights", "vae", "prediction", "dtype", "jit_compile" and
-            "size", as "WIDTHxHEIGHT". Values are text, numbers, booleans or None.
+            `generate`'s, and the model's "weights", "vae", "prediction", "dtype", "jit_compile",
+            "engine" and "size", as "WIDTHxHEIGHT". Values are text, numbers, booleans or None.
         facts: what shows whether it still can be: "version", "model", "model_hash", …
 
     Returns:

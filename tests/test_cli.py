@@ -108,6 +108,7 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
         "prediction": None,
         "dtype": "float32",
         "jit_compile": False,
+        "engine": None,
         "facts": {
             "version": version("stable-diffusion-tf"),
             "model": "tiny",
@@ -122,7 +123,7 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
 
 def test_settings_are_named_as_the_api_s_parameters():
     api = signature(StableDiffusion.generate).parameters.keys()
-    model = {"weights", "vae", "prediction", "dtype", "jit_compile", "size"}
+    model = {"weights", "vae", "prediction", "dtype", "jit_compile", "engine", "size"}
     options = {
         option.name for option in main.commands["generate"].params if type(option) is Setting
     }

@@ -3,17 +3,22 @@
 In bfloat16 where the function computes in that, else in float32, float16's values too.
 """
 
+import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import keras
 import numpy as np
-import openvino as ov
 import tensorflow as tf
 from keras import tree
-from openvino import opset13
-from openvino.frontend import FrontEndManager
+
+# With this package, importing OpenVINO tells its maker so, from a process that it forks.
+sys.modules.setdefault("openvino_telemetry", None)
+
+import openvino as ov  # noqa: E402
+from openvino import opset13  # noqa: E402
+from openvino.frontend import FrontEndManager  # noqa: E402
 
 
 def compiled(function, variables=()):
