@@ -16,6 +16,7 @@ from statistics import median
 
 import click
 import numpy as np
+from benchmark import forget_peak, peak_memory
 
 CONTEXT = np.zeros((1, 77, 768), np.float32)
 
@@ -65,25 +66,18 @@ CONTESTANTS = {"ours": ours, "diffusers": diffusers}
 
 def measure(contestant: str, folder: Path) -> dict[str, float]:
     load, step = CONTESTANTS[contestant]()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to the present
-    before, start = resident("VmRSS"), time.perf_counter()
+    forget_peak()
+    before, start = peak_memory(), time.perf_counter()
     pipeline = load(folder)
-    loaded, peak = time.perf_counter(), resident("VmHWM")
+    loaded, peak = time.perf_counter(), peak_memory()
     step(pipeline)
     done = time.perf_counter()
     weights = sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
     return {
         "loading, s": loaded - start,
         "to the first output, s": done - start,
-        "memory / weights": (peak - before) / weights,
+        "memory / weights": (peak - before) * 2**20 / weights,
     }
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS, now; VmHWM, the highest mark."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in status if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 @click.command(help=__doc__)
