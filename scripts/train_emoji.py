@@ -64,8 +64,6 @@ EMOJI = ModelConfig(
     guidance=3.0,
 )
 
-SHIFT = 3.0  # of the timesteps drawn, towards noise
-
 
 @click.command(help=__doc__)
 @click.argument("target", type=Path)
@@ -81,6 +79,13 @@ SHIFT = 3.0  # of the timesteps drawn, towards noise
     help="Of diffusion.",
 )
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
+@click.option(
+    "--shift",
+    default=3.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Of the timesteps drawn, towards noise, where the text decides; 1 draws all alike.",
+)
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option(
     "--start",
@@ -95,7 +100,7 @@ SHIFT = 3.0  # of the timesteps drawn, towards noise
     help="Of all draws; a new one when going on from a saved model.",
 )
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-def main(target, autoencoder_steps, steps, dtype, norm, jit, start, seed, runs):
+def main(target, autoencoder_steps, steps, dtype, norm, shift, jit, start, seed, runs):
     if target.exists():
         raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
@@ -116,6 +121,7 @@ def main(target, autoencoder_steps, steps, dtype, norm, jit, start, seed, runs):
         captions,
         dtype=dtype,
         norm=norm,
+        shift=shift,
         steps=steps,
         seed=seed,
         folder=runs / "diffusion",
@@ -187,7 +193,7 @@ def posterior(encoder, images, scale=1.0, batch_size=64):
 
 
 def train_diffusion(
-    models, latents, captions, *, dtype, norm, steps, seed, folder, jit, batch_size=64
+    models, latents, captions, *, dtype, norm, shift, steps, seed, folder, jit, batch_size=64
 ):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     text, prediction = models.config.text_encoder, models.config.schedule.prediction
@@ -207,7 +213,7 @@ def train_diffusion(
             models.config.schedule,
             batch_size=batch_size,
             seed=seed,
-            shift=SHIFT,
+            shift=shift,
         ),
         [models.text_encoder, models.unet],
         # Longer averages lag behind a run of few passes; the falling rate averages enough.
@@ -218,7 +224,7 @@ def train_diffusion(
             "dtype": dtype,
             "norm": norm,
             "batch_size": batch_size,
-            "shift": SHIFT,
+            "shift": shift,
             "seed": seed,
             "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
         },
