@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ import numpy as np
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
 from stable_diffusion_tf.repeat import (
+    HASHES,
     Like,
     changed,
     check_inputs,
@@ -314,23 +315,28 @@ def generate(
         facts = {"version": installed_version(), "model": sd.config.name}
 
         @cache  # it may be a file of gigabytes
-        def model_hash():
-            """Of the file with the UNet, the network that models differ in."""
-            (match, *_) = checkpoint.match("unet", sd.diffusion_model.weights)
+        def file_hash(name):
+            """Of the file that --weights or --vae has for the network that such differ in."""
+            part, network = {
+                "weights": ("unet", "diffusion_model"),
+                "vae": ("decoder", "image_decoder"),
+            }[name]
+            (match, *_) = checkpoint.match(part, getattr(sd, network).weights)
             return sha256(match.file.path)[:10]
 
         for name in ("input_image", "input_mask"):
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
-        if taken(context, "weights"):
-            check_model(like, weights, model_hash())
+        models = [name for name in HASHES if context.params[name] is not None]
+        for name in filter(partial(taken, context), models):
+            check_model(context, like, name, file_hash(name))
     drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for prompt, seeds in zip(prompts, batches, strict=True):
             pictures = sd.generate(
                 prompt, batch_size=len(seeds), seed=seeds, progress=not quiet, **drawing
             )
-            facts |= {"model_hash": model_hash(), "batch_seeds": seeds}
+            facts |= {HASHES[name]: file_hash(name) for name in models} | {"batch_seeds": seeds}
             for picture, its_seed in zip(pictures, seeds, strict=True):
                 if its_seed not in wanted:
                     continue

@@ -453,7 +453,14 @@ class StableDiffusion:
             desc="Loading the model", total=len(levels) - 1, unit="step", disable=not progress
         ) as bar:
             # All of them now: a damaged file must be found before the work.
-            self._need("text_encoder", "unet", "decoder", *(["encoder"] if images else []))
+            reads_text = any(isinstance(part, Chunk) for one in conditions for part in one)
+            used = {
+                "unet": True,
+                "text_encoder": reads_text,
+                "encoder": bool(images),
+                "decoder": output != "latents",
+            }
+            self._need(*(part for part in MODELS if used[part]))
             bar.set_description("Encoding the text")
             states = self._states(conditions, clip_skip)
             if images:
@@ -473,10 +480,11 @@ class StableDiffusion:
 
             bar.set_description("Denoising")
             drawn = task.sample(denoise, task.start, levels, noise, **options)
-            for step, (x, x0) in enumerate(drawn, 1):  # noqa: B007
+            for step, (x, x0) in enumerate(drawn, 1):
+                stage = f"denoising, step {step} of {bar.total}"
+                latents = _finite(stage, ops.convert_to_numpy(x), self.diffusion_model)
                 bar.update()
                 callback(step, bar.total, Preview(partial(self._preview, x0)))
-            latents = _finite("denoising", ops.convert_to_numpy(x), self.diffusion_model)
             if output == "latents":
                 return latents
             bar.set_description("Decoding")
@@ -664,7 +672,8 @@ class StableDiffusion:
 
         @cache
         def read(ids):
-            return _alone(self._reader(clip_skip), np.array(ids, np.int32))
+            states = _alone(self._reader(clip_skip), np.array(ids, np.int32))
+            return _finite("encoding the text", states, self.text_encoder)
 
         def states(chunk):
             if isinstance(chunk, np.ndarray):

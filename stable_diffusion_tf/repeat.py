@@ -17,6 +17,7 @@ from stable_diffusion_tf.images import MAX_PIXELS, read_png_text
 from stable_diffusion_tf.settings import read_settings
 
 PATHS = ("weights", "vae", "input_image", "input_mask")
+HASHES = {"weights": "model_hash", "vae": "vae_hash"}  # settings that name models, and their facts
 
 
 class Setting(click.Option):
@@ -85,12 +86,12 @@ def check_inputs(context: click.Context, like: Like) -> None:
         )
 
 
-def check_model(like: Like, weights: str, model_hash: str) -> None:
-    """Raises ValueError if the model that it names is another by now."""
-    if model_hash != like.facts.get("model_hash"):
+def check_model(context: click.Context, like: Like, name: str, its_hash: str) -> None:
+    """Raises ValueError if the model that its setting `name` stands for is another by now."""
+    if its_hash != like.facts.get(HASHES[name]):
         raise ValueError(
-            f"{like.path} cannot be drawn again: {weights} is another model now, whose hash is "
-            f"{model_hash}; give one with --weights."
+            f"{like.path} cannot be drawn again: {context.params[name]} is another model now, "
+            f"whose hash is {its_hash}; give one with {_options(context)[name].opts[0]}."
         )
 
 

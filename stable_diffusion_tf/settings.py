@@ -86,6 +86,7 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "Size": settings["size"],
         "Model hash": facts["model_hash"],
         "Model": facts["model"],
+        "VAE hash": facts.get("vae_hash"),
         "VAE": settings["vae"] and PurePath(settings["vae"]).name,
         "Denoising strength": settings["input_image_strength"] if drawn_over else None,
         "Mask": settings["input_mask"],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from stable_diffusion_tf import StableDiffusion, images
 from stable_diffusion_tf.cli import main
@@ -157,6 +158,18 @@ class TestWhatCannotBeRepeated:
         )
         result = sdtf("--like", first, "--image", "moved.png", "--quiet", weights=None)
         assert same(first, result.stdout.strip())
+
+    def test_a_picture_drawn_with_another_autoencoder(self, sdtf, tiny_folder):
+        vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
+        first = sdtf("a cat", "--vae", str(vae), *FAST).stdout.strip()
+        assert same(first, sdtf("--like", first, "--quiet", weights=None).stdout.strip())
+        tensors = load_file(vae)
+        save_file({name: -values for name, values in tensors.items()}, vae)
+        result = sdtf("--like", first, "--quiet", weights=None)
+        assert result.stderr.startswith(
+            f"Error: {first} cannot be drawn again: {vae} is another model now, whose hash is "
+        )
+        assert result.stderr.endswith("; give one with --vae.\n")
 
     def test_a_picture_without_settings(self, sdtf):
         images.save_png(np.zeros((2, 2, 3), np.uint8), "other.png", {"parameters": "a cat"})

@@ -545,7 +545,7 @@ def test_a_tile_is_of_a_size_that_fits_the_model(small, pixels, error, message):
 @pytest.mark.parametrize(
     ("output", "dtype", "message"),
     [
-        ("latents", "mixed_float16", "denoising: .* in float16; use dtype='bfloat16' or 'float32'"),
+        ("latents", "mixed_float16", "denoising, step 1 of 3: .* in float16; use dtype='bfloat16'"),
         ("image", "float32", "decoding: .* in float32; lower the guidance scale"),
         ("float", "float32", "decoding: "),
     ],
@@ -559,7 +559,15 @@ def test_overflow_is_an_error_whatever_is_asked_for(tiny_model, output, dtype, m
     )
     layer.bias.assign(np.full(layer.bias.shape, np.inf))
     with pytest.raises(FloatingPointError, match=message):
-        sd.generate(PROMPT, num_steps=1, output=output, progress=False)
+        sd.generate(PROMPT, num_steps=3, output=output, progress=False)
+
+
+def test_overflow_in_the_text_encoder_is_called_that(tiny_model):
+    sd = StableDiffusion.from_pretrained(tiny_model, dtype="bfloat16")
+    beta = sd.text_encoder.get_layer("final_layer_norm").beta
+    beta.assign(np.full(beta.shape, np.nan))
+    with pytest.raises(FloatingPointError, match=r"encoding the text: .* in bfloat16"):
+        sd.generate(PROMPT, progress=False)
 
 
 def test_networks_in_memory_draw_as_they_are_now(tiny_model):
@@ -888,8 +896,11 @@ class TestTheEarlierPortsConstructor:
         monkeypatch.setitem(PRESETS, STABLE_DIFFUSION, preset)
 
         sd, local = StableDiffusion(32, 32), StableDiffusion.from_pretrained(tiny_model)
-        assert sd.text_encoder.weights
+        context = sd.encode_text(PROMPT)
         assert hub.downloads() == ["text_encoder.h5"]
+        settings = {"context": context, "unconditional_guidance_scale": 1, "output": "latents"}
+        sd.generate(None, num_steps=1, progress=False, **settings)
+        assert hub.downloads() == ["text_encoder.h5", "unet.h5"]
         drawn = sd.generate(PROMPT, num_steps=1, seed=0, progress=False)
         assert hub.downloads() == ["text_encoder.h5", "unet.h5", "decoder.h5"]
         expected = local.generate(PROMPT, num_steps=1, seed=0, progress=False)

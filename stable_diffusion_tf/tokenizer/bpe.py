@@ -31,8 +31,11 @@ _SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
 class Tokenizer:
     """Turns prompts into token ids, and ids back into text.
 
-    Making one is free: the vocabulary is read at first use and shared by all instances.
+    The vocabulary is read when the first one is made, so that no call is slow; all share it.
     """
+
+    def __init__(self):
+        _vocabulary()
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, any number of them, without start, end and padding.
