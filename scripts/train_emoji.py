@@ -1,8 +1,9 @@
 """Trains the embedded default model from emoji artwork and saves it as a folder to load.
 
 First the autoencoder, then text-conditional diffusion in its latents, the text encoder trained
-along. Kill it at any moment and run it again: it goes on from its last save. Losses, saves and a
-picture sheet every so often are in the runs folder.
+along, then the decoder once more, on what denoising gives it. Kill it at any moment and run it
+again: it goes on from its last save. Losses, saves and a picture sheet every so often are in the
+runs folder.
 """
 
 import os
@@ -39,9 +40,10 @@ from stable_diffusion_tf.images import (
 )
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 from stable_diffusion_tf.pipeline import StableDiffusion
+from stable_diffusion_tf.tokenizer import Tokenizer
 from stable_diffusion_tf.training.data import NOISE, noisy_batches, random, shuffled
 from stable_diffusion_tf.training.loop import train
-from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, diffusion_loss
+from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw, muon
 
 EMOJI = ModelConfig(
@@ -72,6 +74,13 @@ EMOJI = ModelConfig(
     "--steps", default=5000, show_default=True, type=click.IntRange(1), help="Of diffusion."
 )
 @click.option(
+    "--decoder-steps",
+    default=800,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Of the decoder on denoised latents.",
+)
+@click.option(
     "--dtype",
     default="mixed_bfloat16",
     show_default=True,
@@ -90,7 +99,7 @@ EMOJI = ModelConfig(
 @click.option(
     "--start",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A saved model to go on from: its autoencoder is kept, the rest trained further.",
+    help="A saved model to go on from: its encoder is kept, the rest trained further.",
 )
 @click.option(
     "--seed",
@@ -100,7 +109,9 @@ EMOJI = ModelConfig(
     help="Of all draws; a new one when going on from a saved model.",
 )
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-def main(target, autoencoder_steps, steps, dtype, norm, shift, jit, start, seed, runs):
+def main(
+    target, autoencoder_steps, steps, decoder_steps, dtype, norm, shift, jit, start, seed, runs
+):
     if target.exists():
         raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
@@ -115,9 +126,10 @@ def main(target, autoencoder_steps, steps, dtype, norm, shift, jit, start, seed,
         source = open_checkpoint(start)
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
+    latents = posterior(models.encoder, images[known], models.config.autoencoder.scale)
     train_diffusion(
         models,
-        posterior(models.encoder, images[known], models.config.autoencoder.scale),
+        latents,
         captions,
         dtype=dtype,
         norm=norm,
@@ -126,6 +138,9 @@ def main(target, autoencoder_steps, steps, dtype, norm, shift, jit, start, seed,
         seed=seed,
         folder=runs / "diffusion",
         jit=jit,
+    )
+    train_decoder(
+        models, latents, images[known], captions, decoder_steps, seed, runs / "decoder", jit
     )
     save(models, target, dtype="float16")
 
@@ -196,7 +211,7 @@ def train_diffusion(
     models, latents, captions, *, dtype, norm, shift, steps, seed, folder, jit, batch_size=64
 ):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
-    text, prediction = models.config.text_encoder, models.config.schedule.prediction
+    prediction = models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
     prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
 
@@ -206,15 +221,7 @@ def train_diffusion(
 
     train(
         diffusion_loss(models.text_encoder, models.unet, prediction, norm),
-        noisy_batches(
-            *latents,
-            lambda i, rng: emoji_data.captions(captions[i], rng),
-            lambda texts: sd.tokenizer.tokenize(texts, text.max_length, text.pad_token),
-            models.config.schedule,
-            batch_size=batch_size,
-            seed=seed,
-            shift=shift,
-        ),
+        emoji_batches(models, latents, captions, batch_size, seed, shift),
         [models.text_encoder, models.unet],
         # Longer averages lag behind a run of few passes; the falling rate averages enough.
         muon(1e-3, steps, ema_momentum=0.99, loss_scaling=dtype == "mixed_float16"),
@@ -231,6 +238,42 @@ def train_diffusion(
         save_every=400,
         preview=preview,
         jit=jit,
+    )
+
+
+def train_decoder(models, latents, images, captions, steps, seed, folder, jit, batch_size=32):
+    """Trains the decoder alone, on x0 that the trained network sees in a little noise."""
+    noisy = emoji_batches(models, latents, captions, batch_size, seed, shift=0.05)
+
+    def batch(step):
+        return *noisy(step), signed(images[shuffled(len(images), batch_size, seed, step)])
+
+    train(
+        denoised_loss(
+            models.text_encoder, models.unet, models.decoder, models.config.schedule.prediction
+        ),
+        batch,
+        [models.decoder],
+        adamw(1e-3, steps, ema_momentum=0.99),
+        steps=steps,
+        folder=folder,
+        recipe={"batch_size": batch_size, "seed": seed},
+        save_every=200,
+        jit=jit,
+    )
+
+
+def emoji_batches(models, latents, captions, batch_size, seed, shift):
+    """`noisy_batches` of the artworks that have the Gaussians `latents`."""
+    text = models.config.text_encoder
+    return noisy_batches(
+        *latents,
+        lambda i, rng: emoji_data.captions(captions[i], rng),
+        lambda texts: Tokenizer().tokenize(texts, text.max_length, text.pad_token),
+        models.config.schedule,
+        batch_size=batch_size,
+        seed=seed,
+        shift=shift,
     )
 
 

@@ -35,8 +35,9 @@ def artworks(monkeypatch):
 @pytest.mark.full
 def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_path):
     def run(target):
-        arguments = [tmp_path / target, "--autoencoder-steps=1", "--steps=1", f"--runs={tmp_path}"]
-        return CliRunner().invoke(train_emoji.main, list(map(str, arguments)))
+        steps = ["--autoencoder-steps=1", "--steps=1", "--decoder-steps=1"]
+        arguments = [str(tmp_path / target), *steps, f"--runs={tmp_path}"]
+        return CliRunner().invoke(train_emoji.main, arguments)
 
     assert run("first").exception is None
     state = tmp_path / "diffusion" / "state.safetensors"

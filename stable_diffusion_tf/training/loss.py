@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from stable_diffusion_tf.diffusion.denoiser import add_noise, target
+from stable_diffusion_tf.diffusion.denoiser import add_noise, predicted_x0, target
 from stable_diffusion_tf.diffusion.schedule import Step
 
 NORMS = {"l2": ops.square, "l1": ops.abs}
@@ -16,18 +16,48 @@ def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0):
 
     images (B, H, W, 3) in [-1, 1]; noise (B, h, w, channels), unit normal.
     """
+    distance = decoded_distance(decoder, edge_weight)
 
     def loss(images, noise):
         mean, log_variance = ops.split(ops.cast(encoder(images), "float32"), 2, axis=-1)
         log_variance = ops.clip(log_variance, -30.0, 20.0)
         latents = mean + ops.exp(0.5 * log_variance) * noise
-        decoded = ops.cast(decoder(latents * decoder.config.scale), "float32")
         kl = 0.5 * (ops.square(mean) + ops.exp(log_variance) - 1.0 - log_variance)
-        pixels = ops.mean(ops.abs(decoded - images))
-        edges = sum(ops.mean(ops.abs(d)) for d in differences(decoded - images))
-        return pixels + edge_weight * edges + kl_weight * ops.mean(ops.sum(kl, axis=(1, 2, 3)))
+        rebuilt = distance(latents * decoder.config.scale, images)
+        return rebuilt + kl_weight * ops.mean(ops.sum(kl, axis=(1, 2, 3)))
 
     return loss
+
+
+def denoised_loss(text_encoder, unet, decoder, prediction, edge_weight=1.0):
+    """Returns `loss(latents, noise, timesteps, alpha, sigma, token_ids, images)`, for the decoder.
+
+    What the network makes of noisy latents lacks what the noise hid. A decoder that has only seen
+    an encoder's latents shows that as a blur; here it learns what picture they come from, by the
+    distance of `autoencoder_loss`.
+
+    Arguments as of `diffusion_loss`'s; images (B, H, W, 3) in [-1, 1], those of the latents.
+    """
+    distance = decoded_distance(decoder, edge_weight)
+
+    def loss(latents, noise, timesteps, alpha, sigma, token_ids, images):
+        step = Step(timesteps, alpha, sigma)
+        x = add_noise(latents, noise, step)
+        predicted = ops.cast(unet([x, timesteps, text_encoder(token_ids)]), "float32")
+        return distance(predicted_x0(x, predicted, step, prediction), images)
+
+    return loss
+
+
+def decoded_distance(decoder, edge_weight):
+    """Returns `distance(latents, images)`: L1 of decoded pixels and of their differences."""
+
+    def distance(latents, images):
+        error = ops.cast(decoder(latents), "float32") - images
+        edges = sum(ops.mean(ops.abs(d)) for d in differences(error))
+        return ops.mean(ops.abs(error)) + edge_weight * edges
+
+    return distance
 
 
 def differences(images):

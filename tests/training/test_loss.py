@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from stable_diffusion_tf.config import AutoencoderConfig
-from stable_diffusion_tf.training.loss import autoencoder_loss, diffusion_loss
+from stable_diffusion_tf.training.loss import autoencoder_loss, denoised_loss, diffusion_loss
 
 RNG = np.random.default_rng(0)
 LATENTS, NOISE = RNG.standard_normal((2, 3, 4, 4, 4), dtype=np.float32)
@@ -72,6 +72,15 @@ def test_autoencoder_loss_counts_missing_edges():
     moments = np.zeros((2, 1, 1, 8), "f")
     loss = autoencoder_loss(lambda _: ops.convert_to_tensor(moments), Decoder(0.5), edge_weight=2.0)
     assert float(loss(images, np.zeros((2, 1, 1, 4), "f"))) == pytest.approx(0.5 + 2.0 / 7)
+
+
+def test_the_decoder_learns_from_what_the_network_makes_of_noisy_latents():
+    loss = denoised_loss(
+        lambda ids: ids, lambda inputs: ops.convert_to_tensor(V), lambda x0: x0[..., :3], "v"
+    )
+    arguments = LATENTS, NOISE, TIMESTEPS, ALPHA, SIGMA, IDS  # of which V makes LATENTS again
+    assert float(loss(*arguments, LATENTS[..., :3])) == pytest.approx(0, abs=1e-6)
+    assert float(loss(*arguments, LATENTS[..., :3] - 0.5)) == pytest.approx(0.5)
 
 
 def test_kl_of_a_unit_gaussian_at_one():
