@@ -22,6 +22,7 @@ from stable_diffusion_tf.repeat import (
     changed,
     check_inputs,
     check_model,
+    given,
     setting,
     take_settings,
     taken,
@@ -274,6 +275,8 @@ def generate(
             raise click.UsageError(
                 "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
             )
+        if given(context, "input_image_strength") and drawing["input_image"] is None:
+            raise click.UsageError("--strength is of the picture to draw over; give --image too")
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -414,8 +414,8 @@ class StableDiffusion:
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
         images = arguments.sources("input_image", input_image)
         masks = arguments.sources("input_mask", input_mask)
-        self._check_task(images, masks)
-        callback = arguments.function("callback", callback)
+        self._check_task(images, masks, mask_feather)
+        previewed, callback = callback is not None, arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
@@ -458,7 +458,7 @@ class StableDiffusion:
                 "unet": True,
                 "text_encoder": reads_text,
                 "encoder": bool(images),
-                "decoder": output != "latents",
+                "decoder": output != "latents" or previewed,
             }
             self._need(*(part for part in MODELS if used[part]))
             bar.set_description("Encoding the text")
@@ -590,9 +590,11 @@ class StableDiffusion:
         """Whether the UNet sees a mask and the masked picture's latents beside its own."""
         return self.config.unet.in_channels != self.config.unet.out_channels
 
-    def _check_task(self, images: Sequence[Any], masks: Sequence[Any]) -> None:
+    def _check_task(self, images: Sequence[Any], masks: Sequence[Any], mask_feather: float) -> None:
         if masks and not images:
             raise ValueError("input_mask says where to repaint input_image; give that too")
+        if mask_feather and not masks:
+            raise ValueError("mask_feather softens the edge of input_mask; give that too")
         if self._inpaints and not masks:
             raise ValueError(
                 f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
@@ -690,6 +692,11 @@ class StableDiffusion:
         rescale = arguments.number(
             "guidance_rescale", rescale, "from 0 to 1", lambda x: 0 <= x <= 1
         )
+        if scale <= 1 and rescale:
+            raise ValueError(
+                "guidance_rescale tempers guidance, and there is none: give an "
+                f"unconditional_guidance_scale over 1, not {scale:g}, or leave it out"
+            )
         if scale <= 1:
             return None, None
         return _tensor(scale), _tensor(rescale) if rescale else None

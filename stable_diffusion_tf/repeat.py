@@ -61,10 +61,15 @@ def taken(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
 
+def given(context: click.Context, name: str) -> bool:
+    """Whether the command line has it."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def changed(context: click.Context) -> bool:
     """Whether the command line has any setting or number of pictures of its own."""
     return any(
-        context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        given(context, option.name)
         for option in context.command.params
         if isinstance(option, Setting) or option.name == "batch"
     )

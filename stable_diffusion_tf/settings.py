@@ -77,10 +77,12 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     What it does not know has names of our own, and is there when it is not as usual.
     """
     drawn_over = settings["input_image"] is not None
-    karras = " Karras" if settings["schedule"] == "karras" else ""
+    guided = settings["unconditional_guidance_scale"] > 1
     fields = {
         "Steps": settings["num_steps"],
-        "Sampler": A1111_SAMPLERS.get(settings["sampler"], settings["sampler"]) + karras,
+        "Sampler": A1111_SAMPLERS.get(settings["sampler"], settings["sampler"]),
+        # Without it, A1111 takes the one that it thinks best for the sampler.
+        "Schedule type": "Karras" if settings["schedule"] == "karras" else "Uniform",
         "CFG scale": settings["unconditional_guidance_scale"],
         "Seed": settings["seed"],
         "Size": settings["size"],
@@ -89,10 +91,10 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "VAE hash": facts.get("vae_hash"),
         "VAE": settings["vae"] and PurePath(settings["vae"]).name,
         "Denoising strength": settings["input_image_strength"] if drawn_over else None,
-        "Mask": settings["input_mask"],
+        "Mask": settings["input_mask"] and PurePath(settings["input_mask"]).name,
         "Mask feather": settings["mask_feather"] or None,
         "Clip skip": settings["clip_skip"] if settings["clip_skip"] > 1 else None,
-        "RNG": "CPU" if settings["rng"] == "torch" else settings["rng"],  # whose generator it is
+        "RNG": "CPU" if settings["rng"] == "torch" else None,  # A1111's name of that generator
         "Emphasis": None if settings["emphasis"] else "None",
         "Eta DDIM": settings["eta"] or None,
         "CFG rescale": settings["guidance_rescale"] or None,
@@ -101,7 +103,7 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "Version": f"stable-diffusion-tf {facts['version']}",
     }
     lines = [settings["prompt"]]
-    if settings["negative_prompt"]:
+    if settings["negative_prompt"] and guided:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     said = (f"{label}: {_quoted(value)}" for label, value in fields.items() if value is not None)
     return "\n".join([*lines, ", ".join(said)])

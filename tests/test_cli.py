@@ -117,7 +117,10 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
         },
     }
     assert text["parameters"].splitlines()[0] == "a (cat)"
-    assert f"Sampler: DPM++ 2M Karras, CFG scale: 3, Seed: {seed}, " in text["parameters"]
+    assert (
+        f"Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: {seed}, "
+        in text["parameters"]
+    )
     assert f"Model hash: {model_hash}, Model: tiny, Clip skip: 2, " in text["parameters"]
 
 
@@ -194,7 +197,11 @@ def test_quiet_leaves_the_paths_only(sdtf):
         (["a", "--image", "no.png"], "No such file or directory: 'no.png'"),
         (["a", "--image", "file"], "file is no picture in one of PNG, JPEG"),
         (["a", "--mask", "file"], "input_mask says where to repaint input_image"),
-        (["a", "--strength", "1.5"], "input_image_strength must be over 0, up to 1, not 1.5"),
+        (["a", "--strength", "0.9"], "--strength is of the picture to draw over; give --image too"),
+        (
+            ["a", "--image", "file", "--strength", "1.5"],
+            "input_image_strength must be over 0, up to 1, not 1.5",
+        ),
         (["a", "--feather", "-1"], "mask_feather must be 0 pixels or more"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["a", "--engine", "onnx"], "unknown engine 'onnx'; known: openvino"),

@@ -11,6 +11,7 @@ import layouts
 import numpy as np
 import pytest
 import synth
+from keras import tree
 from PIL import Image, ImageDraw
 from tiny import FILES, TINY
 
@@ -304,6 +305,28 @@ def test_a_context_is_a_prompt_that_has_been_read(small):
     without = latents(small, PROMPT, **settings)
     np.testing.assert_array_equal(without, latents(small, PROMPT, "", **settings))
     assert synth.relative_error(without, read) > 1e-3
+
+
+def test_networks_are_compiled_once_a_shape(tiny_model, monkeypatch):
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    traced = []
+    for network in (sd.diffusion_model, sd.image_decoder):
+
+        def call(inputs, *args, of=network, original=network.call, **kwargs):
+            traced.append((of.name, tree.flatten(inputs)[0].shape[0]))
+            return original(inputs, *args, **kwargs)
+
+        monkeypatch.setattr(network, "call", call)
+    for settings in (
+        {"seed": 1},
+        {"seed": 2, "num_steps": 3, "unconditional_guidance_scale": 5},
+        {"sampler": "euler_ancestral", "negative_prompt": "a dog"},
+    ):
+        sd.generate(PROMPT, progress=False, **{"num_steps": 2, **settings})
+    assert traced == [("diffusion_model", 2), ("image_decoder", 1)]
+    # Without guidance, only the prompt's half.
+    sd.generate(PROMPT, num_steps=2, unconditional_guidance_scale=1, progress=False)
+    assert traced[2:] == [("diffusion_model", 1)]
 
 
 def test_each_distinct_chunk_is_read_once(small, monkeypatch):
@@ -726,6 +749,12 @@ WRONG = [
     ((PROMPT,), {"num_steps": 51, "sampler": "lcm"}, ValueError, "num_steps must .* 1 to 50"),
     ((PROMPT,), {"eta": 0.5, "sampler": "euler"}, ValueError, "samplers with one: ddim"),
     ((PROMPT,), {"guidance_rescale": NAN}, ValueError, "guidance_rescale must be finite"),
+    (
+        (PROMPT,),
+        {"guidance_rescale": 0.5, "unconditional_guidance_scale": 1},
+        ValueError,
+        "guidance_rescale tempers guidance, and there is none: give .* over 1, not 1,",
+    ),
     ((PROMPT,), {"guidance_rescale": 1.5}, ValueError, "guidance_rescale must be from 0 to 1"),
     ((PROMPT,), {"sampler": "plms"}, ValueError, "unknown sampler 'plms'; known: ddim, ddpm"),
     ((PROMPT,), {"output": "pil"}, ValueError, "unknown output 'pil'; known: image, float"),
@@ -753,6 +782,7 @@ WRONG = [
     ((PROMPT,), {"input_mask": WHITE}, ValueError, "input_mask says where .* input_image; give"),
     ((PROMPT,), {**PAIR, "input_mask": WHITE - 2}, ValueError, r"input_mask: .*\[-1, -1\]"),
     ((PROMPT,), {**PAIR, "input_mask": WHITE / 255}, ValueError, "input_mask: .* brightest"),
+    ((PROMPT,), {"mask_feather": 2}, ValueError, "mask_feather softens .* input_mask; give that"),
     ((PROMPT,), {**PAIR, "mask_feather": -1}, ValueError, "mask_feather must be 0 pixels or more"),
     ((PROMPT,), {**PAIR, "mask_feather": NAN}, ValueError, "mask_feather must be finite"),
     ((PROMPT,), {"input_image_strength": 0}, ValueError, "strength must be over 0, up to 1, not"),

@@ -51,8 +51,8 @@ def test_other_programs_read_the_parameters():
     text = png_text(SETTINGS, FACTS)["parameters"]
     assert text == (
         "a (red:1.2) apple, noto style\n"
-        "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7, Size: 512x768, "
-        "Model hash: 0123456789, Model: some-model, RNG: numpy, Precision: float32, "
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 7.5, Seed: 7, "
+        "Size: 512x768, Model hash: 0123456789, Model: some-model, Precision: float32, "
         "Version: stable-diffusion-tf 0.1.0"
     )
     assert parsed(text)[2]["Size"] == "512x768"
@@ -69,7 +69,7 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "eta": 0.5,
         "guidance_rescale": 0.7,
         "input_image": "photo.png",
-        "input_mask": 'C:\\a "b", c.png',
+        "input_mask": 'some/folder/a "b", c.png',
         "input_image_strength": 0.6,
         "mask_feather": 4.0,
         "vae": "some/folder/vae.safetensors",
@@ -80,7 +80,8 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
     assert negative == "blurry,\nSteps: 3"
     assert fields == {
         "Steps": "20",
-        "Sampler": "DPM++ 2M Karras",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
         "CFG scale": "7",
         "Seed": "7",
         "Size": "512x768",
@@ -88,7 +89,7 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "Model": "a, b: c",
         "VAE": "vae.safetensors",
         "Denoising strength": "0.6",
-        "Mask": 'C:\\a "b", c.png',
+        "Mask": 'a "b", c.png',
         "Mask feather": "4",
         "Clip skip": "2",
         "RNG": "CPU",
@@ -98,6 +99,11 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "Precision": "float32",
         "Version": "stable-diffusion-tf 0.1.0",
     }
+
+
+def test_a_negative_prompt_without_guidance_had_no_part():
+    unguided = {"negative_prompt": "blue", "unconditional_guidance_scale": 1.0}
+    assert "blue" not in png_text(SETTINGS | unguided, FACTS)["parameters"]
 
 
 def test_every_sampler_has_a_name_there():

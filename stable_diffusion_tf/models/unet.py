@@ -52,12 +52,12 @@ class UNet(keras.Model):
             x = conv(latents, config.widths[0], "conv_in")
             skips = [x]
             for level in levels:
-                width, name = config.widths[level], f"down_blocks.{level}"
+                width, prefix = config.widths[level], f"down_blocks.{level}"
                 for i in range(config.resnets):
-                    x = block(x, width, name, i, level, config.attention[level])
+                    x = block(x, width, prefix, i, level, config.attention[level])
                     skips.append(x)
                 if level != last:
-                    x = downsample(x, f"{name}.downsamplers.0")
+                    x = downsample(x, f"{prefix}.downsamplers.0")
                     skips.append(x)
 
             width = config.widths[last]
@@ -65,12 +65,12 @@ class UNet(keras.Model):
             x = resnet(x, width, config.groups, "mid_block.resnets.1", temb)
 
             for level in reversed(levels):
-                width, name = config.widths[level], f"up_blocks.{last - level}"
+                width, prefix = config.widths[level], f"up_blocks.{last - level}"
                 for i in range(config.resnets + 1):
                     x = ops.concatenate([x, skips.pop()], axis=-1)
-                    x = block(x, width, name, i, level, config.attention[level])
+                    x = block(x, width, prefix, i, level, config.attention[level])
                 if level != 0:
-                    x = upsample(x, f"{name}.upsamplers.0", like=skips[-1])
+                    x = upsample(x, f"{prefix}.upsamplers.0", like=skips[-1])
 
             x = ops.silu(group_norm(x, config.groups, "conv_norm_out"))
             x = conv(x, config.out_channels, "conv_out")
