@@ -276,7 +276,7 @@ def generate(
                 "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
             )
         if given(context, "input_image_strength") and drawing["input_image"] is None:
-            raise click.UsageError("--strength is of the picture to draw over; give --image too")
+            raise ValueError("--strength is of the picture to draw over; give --image too")
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
