@@ -86,6 +86,12 @@ EMOJI = ModelConfig(
     type=click.FloatRange(0, min_open=True),
     help="Of the timesteps drawn, towards noise, where the text decides; 1 draws all alike.",
 )
+@click.option(
+    "--min-snr",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GAMMA",
+    help="Weigh timesteps by their signal-to-noise ratio, up to GAMMA (arXiv:2303.09556: 5).",
+)
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option(
     "--start",
@@ -100,7 +106,7 @@ EMOJI = ModelConfig(
     help="Of all draws; a new one when going on from a saved model.",
 )
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-def main(target, autoencoder_steps, steps, dtype, norm, shift, jit, start, seed, runs):
+def main(target, autoencoder_steps, steps, dtype, norm, shift, min_snr, jit, start, seed, runs):
     if target.exists():
         raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
@@ -122,6 +128,7 @@ def main(target, autoencoder_steps, steps, dtype, norm, shift, jit, start, seed,
         dtype=dtype,
         norm=norm,
         shift=shift,
+        min_snr=min_snr,
         steps=steps,
         seed=seed,
         folder=runs / "diffusion",
@@ -193,7 +200,19 @@ def posterior(encoder, images, scale=1.0, batch_size=64):
 
 
 def train_diffusion(
-    models, latents, captions, *, dtype, norm, shift, steps, seed, folder, jit, batch_size=64
+    models,
+    latents,
+    captions,
+    *,
+    dtype,
+    norm,
+    shift,
+    min_snr,
+    steps,
+    seed,
+    folder,
+    jit,
+    batch_size=64,
 ):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     text, prediction = models.config.text_encoder, models.config.schedule.prediction
@@ -205,7 +224,7 @@ def train_diffusion(
         save_preview(pictures, folder, step, columns=8)
 
     train(
-        diffusion_loss(models.text_encoder, models.unet, prediction, norm),
+        diffusion_loss(models.text_encoder, models.unet, prediction, norm, min_snr),
         noisy_batches(
             *latents,
             lambda i, rng: emoji_data.captions(captions[i], rng),
@@ -225,6 +244,7 @@ def train_diffusion(
             "norm": norm,
             "batch_size": batch_size,
             "shift": shift,
+            "min_snr": min_snr,
             "seed": seed,
             "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
         },
