@@ -92,6 +92,9 @@ EMOJI = ModelConfig(
     metavar="GAMMA",
     help="Weigh timesteps by their signal-to-noise ratio, up to GAMMA (arXiv:2303.09556: 5).",
 )
+@click.option(
+    "--flip/--no-flip", default=False, help="Mirrored artworks too, where captions stay true."
+)
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option(
     "--start",
@@ -106,7 +109,9 @@ EMOJI = ModelConfig(
     help="Of all draws; a new one when going on from a saved model.",
 )
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-def main(target, autoencoder_steps, steps, dtype, norm, shift, min_snr, jit, start, seed, runs):
+def main(
+    target, autoencoder_steps, steps, dtype, norm, shift, min_snr, flip, jit, start, seed, runs
+):
     if target.exists():
         raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
@@ -121,9 +126,13 @@ def main(target, autoencoder_steps, steps, dtype, norm, shift, min_snr, jit, sta
         source = open_checkpoint(start)
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
+    shown = images[known]
+    if flip:
+        shown = np.concatenate([shown, emoji_data.mirrored(captions, shown)])
+        captions = 2 * captions
     train_diffusion(
         models,
-        posterior(models.encoder, images[known], models.config.autoencoder.scale),
+        posterior(models.encoder, shown, models.config.autoencoder.scale),
         captions,
         dtype=dtype,
         norm=norm,
@@ -217,7 +226,8 @@ def train_diffusion(
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     text, prediction = models.config.text_encoder, models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
-    prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
+    texts = list(dict.fromkeys(map(emoji_data.caption, captions)))  # mirrored ones are no others
+    prompts = texts[:: len(texts) // 32][:32]
 
     def preview(step):
         pictures = sd.generate(prompts, num_steps=15, seed=0, emphasis=False, progress=False)
