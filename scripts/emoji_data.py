@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,16 @@ VERSIONS = {
     "@iconify-json/emojione": "1.2.3",
     "@iconify-json/fxemoji": "1.2.2",
 }
+
+# Words whose pictures a mirror makes untrue: sides, turns, and what is read, such as digits.
+DIRECTIONS = re.compile(
+    r"\b(left|right|(anti|counter)?clockwise|facing|forward|reverse|next|previous|turn|north|south"
+    r"|east|west|clock|o.clock|watch|thirty|waxing|waning|quarter|crescent|increasing|decreasing"
+    r"|chart|arrow|flag|map|globe|compass|letter|alphabet|number|digit|word|text|write|writing|sign"
+    r"|e-mail|zzz|hundred|dollar|euro|pound|yen|banknote|money|calendar|card|newspaper|book|page"
+    r"|music|medal|question|japanese|\d+)(s|al|wards?)?\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,17 @@ def captions(row: Row, rng: np.random.Generator) -> str:
 def caption(row: Row) -> str:
     """The plain caption, the one that figures are measured with."""
     return f"{row.label}, {row.style} style"
+
+
+def mirrored(rows: Sequence[Row], images: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (N, S, S, 3), left for right where their captions stay true of that."""
+    free = np.array([mirrors(row) for row in rows]).reshape(-1, 1, 1, 1)
+    return np.where(free, images[:, :, ::-1], images)
+
+
+def mirrors(row: Row) -> bool:
+    """Whether the artwork's captions hold for its mirror image: no sign to read, no direction."""
+    return row.group != "symbols" and not DIRECTIONS.search(" ".join([row.label, *row.tags]))
 
 
 def article(noun: str) -> str:

@@ -95,6 +95,15 @@ EMOJI = ModelConfig(
     type=click.FloatRange(0, min_open=True),
     help="Of the timesteps drawn, towards noise, where the text decides; 1 draws all alike.",
 )
+@click.option(
+    "--min-snr",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GAMMA",
+    help="Weigh timesteps by their signal-to-noise ratio, up to GAMMA (arXiv:2303.09556: 5).",
+)
+@click.option(
+    "--flip/--no-flip", default=False, help="Mirrored artworks too, where captions stay true."
+)
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option(
     "--start",
@@ -110,7 +119,19 @@ EMOJI = ModelConfig(
 )
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
 def main(
-    target, autoencoder_steps, steps, decoder_steps, dtype, norm, shift, jit, start, seed, runs
+    target,
+    autoencoder_steps,
+    steps,
+    decoder_steps,
+    dtype,
+    norm,
+    shift,
+    min_snr,
+    flip,
+    jit,
+    start,
+    seed,
+    runs,
 ):
     if target.exists():
         raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
@@ -126,7 +147,11 @@ def main(
         source = open_checkpoint(start)
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
-    latents = posterior(models.encoder, images[known], models.config.autoencoder.scale)
+    shown = images[known]
+    if flip:
+        shown = np.concatenate([shown, emoji_data.mirrored(captions, shown)])
+        captions = 2 * captions
+    latents = posterior(models.encoder, shown, models.config.autoencoder.scale)
     train_diffusion(
         models,
         latents,
@@ -134,14 +159,13 @@ def main(
         dtype=dtype,
         norm=norm,
         shift=shift,
+        min_snr=min_snr,
         steps=steps,
         seed=seed,
         folder=runs / "diffusion",
         jit=jit,
     )
-    train_decoder(
-        models, latents, images[known], captions, decoder_steps, seed, runs / "decoder", jit
-    )
+    train_decoder(models, latents, shown, captions, decoder_steps, seed, runs / "decoder", jit)
     save(models, target, dtype="float16")
 
 
@@ -208,19 +232,32 @@ def posterior(encoder, images, scale=1.0, batch_size=64):
 
 
 def train_diffusion(
-    models, latents, captions, *, dtype, norm, shift, steps, seed, folder, jit, batch_size=64
+    models,
+    latents,
+    captions,
+    *,
+    dtype,
+    norm,
+    shift,
+    min_snr,
+    steps,
+    seed,
+    folder,
+    jit,
+    batch_size=64,
 ):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     prediction = models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
-    prompts = [emoji_data.caption(row) for row in captions[:: len(captions) // 32][:32]]
+    texts = list(dict.fromkeys(map(emoji_data.caption, captions)))  # mirrored ones are no others
+    prompts = texts[:: len(texts) // 32][:32]
 
     def preview(step):
         pictures = sd.generate(prompts, num_steps=15, seed=0, emphasis=False, progress=False)
         save_preview(pictures, folder, step, columns=8)
 
     train(
-        diffusion_loss(models.text_encoder, models.unet, prediction, norm),
+        diffusion_loss(models.text_encoder, models.unet, prediction, norm, min_snr),
         emoji_batches(models, latents, captions, batch_size, seed, shift),
         [models.text_encoder, models.unet],
         # Longer averages lag behind a run of few passes; the falling rate averages enough.
@@ -232,6 +269,7 @@ def train_diffusion(
             "norm": norm,
             "batch_size": batch_size,
             "shift": shift,
+            "min_snr": min_snr,
             "seed": seed,
             "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
         },

@@ -1,8 +1,11 @@
 """The emoji index and its captions; nothing here is fetched or drawn."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from emoji_data import VERSIONS, Row, article, captions, read_index, svg
+from emoji_data import VERSIONS, Row, article, captions, mirrored, mirrors, read_index, svg
 
 APPLE = Row(
     "noto", "noto", "@iconify-json/noto", "red-apple", "1f34e", "red apple", ("fruit",), "", "train"
@@ -40,6 +43,40 @@ def test_captions_vary_and_a_tenth_name_no_style():
         "red apple, fruit, noto style",
     }
     assert 70 <= drawn.count("red apple") <= 130
+
+
+def test_no_picture_is_mirrored_whose_captions_name_a_side():
+    rows = read_index()
+    images = np.arange(2 * len(rows), dtype=np.uint32).reshape(-1, 1, 2, 1)
+    moved = (mirrored(rows, images) != images).any(axis=(1, 2, 3))
+    rng = np.random.default_rng(0)
+    for row, flipped in zip(rows, moved, strict=True):
+        sided = re.search(r"\b(left|right|clockwise|facing)", captions(row, rng), re.IGNORECASE)
+        assert not (flipped and sided), row.label
+    assert moved.mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("label", "free"),
+    [
+        ("red apple", True),
+        ("bright moon", True),
+        ("facepalm", True),
+        ("left-facing fist", False),
+        ("person running: facing right", False),
+        ("Leftwards hand", False),
+        ("counterclockwise arrows button", False),
+        ("eight-thirty", False),
+        ("two o’clock", False),
+        ("waxing gibbous moon", False),
+        ("1st place medal", False),
+    ],
+)
+def test_what_may_be_mirrored(label, free):
+    row = replace(APPLE, label=label)
+    assert mirrors(row) is free
+    assert not mirrors(replace(row, tags=("fruit", "left")))
+    assert not mirrors(replace(row, group="symbols"))
 
 
 @pytest.mark.parametrize(

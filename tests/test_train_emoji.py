@@ -33,6 +33,27 @@ def artworks(monkeypatch):
 
 
 @pytest.mark.full
+def test_flipped_pictures_have_latents_of_their_own(artworks, tmp_path, monkeypatch):
+    rows, images = train_emoji.emoji_data.load(16, tmp_path)
+    rows = [replace(row, label=["apple", "left fist"][i % 2]) for i, row in enumerate(rows)]
+    monkeypatch.setattr(train_emoji.emoji_data, "load", lambda size, cache: (rows, images))
+    seen = {}
+
+    def train_diffusion(models, latents, captions, **options):
+        seen.update(models=models, mean=latents[0], captions=captions)
+
+    monkeypatch.setattr(train_emoji, "train_diffusion", train_diffusion)
+    arguments = [tmp_path / "target", "--autoencoder-steps=1", f"--runs={tmp_path}", "--flip"]
+    CliRunner().invoke(train_emoji.main, list(map(str, arguments)), catch_exceptions=False)
+
+    models, again = seen["models"], images[:64].copy()
+    again[::2] = again[::2, :, ::-1]  # apples, not left fists
+    mean, _ = train_emoji.posterior(models.encoder, again, models.config.autoencoder.scale)
+    assert seen["captions"] == 2 * rows[:64]
+    np.testing.assert_allclose(seen["mean"][64:], mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
 def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_path):
     def run(target):
         steps = ["--autoencoder-steps=1", "--steps=1", "--decoder-steps=1"]

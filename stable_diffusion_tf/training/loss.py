@@ -65,7 +65,7 @@ def differences(images):
     return images[:, 1:] - images[:, :-1], images[:, :, 1:] - images[:, :, :-1]
 
 
-def diffusion_loss(text_encoder, unet, prediction, norm="l2"):
+def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None):
     """Returns `loss(latents, noise, timesteps, alpha, sigma, token_ids)`.
 
     The denoising objective of DDPM (arXiv:2006.11239, eq. 14) conditioned on text as in latent
@@ -73,7 +73,8 @@ def diffusion_loss(text_encoder, unet, prediction, norm="l2"):
     the network predicts of the noisy latents and what it should.
 
     latents, noise (B, h, w, channels); timesteps (B,); alpha, sigma (B, 1, 1, 1);
-    token_ids (B, N). `prediction` is "epsilon" or "v"; `norm` is "l2" or "l1".
+    token_ids (B, N). `prediction` is "epsilon" or "v"; `norm` is "l2" or "l1"; `min_snr` is the
+    gamma of `min_snr_weight`, without which all timesteps weigh alike.
     """
     distance = NORMS[norm]
 
@@ -81,6 +82,23 @@ def diffusion_loss(text_encoder, unet, prediction, norm="l2"):
         step = Step(timesteps, alpha, sigma)
         predicted = unet([add_noise(latents, noise, step), timesteps, text_encoder(token_ids)])
         wanted = target(latents, noise, step, prediction)
-        return ops.mean(distance(ops.cast(predicted, "float32") - wanted))
+        weight = 1.0 if min_snr is None else min_snr_weight(alpha, sigma, prediction, min_snr)
+        return ops.mean(weight * distance(ops.cast(predicted, "float32") - wanted))
 
     return loss
+
+
+def min_snr_weight(alpha, sigma, prediction, gamma):
+    """Weight of a timestep's squared error under min-SNR: `min(SNR, gamma)` of that of x0.
+
+    Nearly clean timesteps, which are easy and many, pull less (Hang et al. 2023, arXiv:2303.09556,
+    section 3.4; gamma 5 there). With SNR = alpha**2 / sigma**2 it is `min(SNR, gamma) / SNR` for
+    "epsilon" and `min(SNR, gamma) / (SNR + 1)` for "v", which is 0 where there is no signal: the
+    last timestep of a zero-SNR schedule is then learnt from its neighbours only.
+
+    alpha, sigma: same shape, alpha**2 + sigma**2 = 1 -> the weights, that shape.
+    """
+    signal, noise = ops.square(alpha), ops.square(sigma)
+    if prediction == "v":
+        return ops.minimum(signal, gamma * noise)
+    return ops.minimum(1.0, gamma * ops.divide(noise, signal))

@@ -5,7 +5,12 @@ import pytest
 from keras import ops
 
 from stable_diffusion_tf.config import AutoencoderConfig
-from stable_diffusion_tf.training.loss import autoencoder_loss, denoised_loss, diffusion_loss
+from stable_diffusion_tf.training.loss import (
+    autoencoder_loss,
+    denoised_loss,
+    diffusion_loss,
+    min_snr_weight,
+)
 
 RNG = np.random.default_rng(0)
 LATENTS, NOISE = RNG.standard_normal((2, 3, 4, 4, 4), dtype=np.float32)
@@ -14,9 +19,9 @@ TIMESTEPS, IDS = np.array([1.0, 2.0, 3.0], "f"), np.zeros((3, 77), np.int32)
 V = 0.6 * NOISE - 0.8 * LATENTS
 
 
-def loss_of(prediction, norm, answer):
+def loss_of(prediction, norm, answer, **options):
     loss = diffusion_loss(
-        lambda ids: ids, lambda inputs: ops.convert_to_tensor(answer), prediction, norm
+        lambda ids: ids, lambda inputs: ops.convert_to_tensor(answer), prediction, norm, **options
     )
     return float(loss(LATENTS, NOISE, TIMESTEPS, ALPHA, SIGMA, IDS))
 
@@ -30,6 +35,23 @@ def test_the_right_answer_costs_nothing(prediction, right, norm):
 def test_norms_of_a_constant_error():
     assert loss_of("epsilon", "l1", NOISE + 0.5) == pytest.approx(0.5, rel=1e-5)
     assert loss_of("epsilon", "l2", NOISE + 0.5) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("prediction", "right"), [("epsilon", NOISE), ("v", V)])
+@pytest.mark.parametrize("gamma", [0.25, 5.0])  # SNR is 0.5625, between them
+def test_min_snr_weighs_the_error_of_x0(prediction, right, gamma):
+    """x0 is off by sigma (v) or sigma / alpha (epsilon) times what the network is off by."""
+    snr = 0.6**2 / 0.8**2
+    x0_error = 0.5 * {"v": 0.8, "epsilon": 0.8 / 0.6}[prediction]
+    loss = loss_of(prediction, "l2", right + 0.5, min_snr=gamma)
+    assert loss == pytest.approx(min(snr, gamma) * x0_error**2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("prediction", "weights"), [("v", [0, 0]), ("epsilon", [1, 0])])
+def test_min_snr_weights_of_pure_noise_and_of_none(prediction, weights):
+    alpha, sigma = np.array([0.0, 1.0], "f"), np.array([1.0, 0.0], "f")
+    found = min_snr_weight(*map(ops.convert_to_tensor, (alpha, sigma)), prediction, gamma=5.0)
+    np.testing.assert_array_equal(found, weights)
 
 
 def test_the_network_sees_the_noisy_latents():
