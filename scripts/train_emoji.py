@@ -58,9 +58,10 @@ EMOJI = ModelConfig(
         groups=16,
     ),
     autoencoder=AutoencoderConfig(widths=(16, 48, 96), resnets=1, groups=8, scale=1.0),
-    # From pure noise, so that white backgrounds are white: arXiv:2305.08891.
+    # From pure noise, so that white backgrounds are white (arXiv:2305.08891), down to next to none,
+    # so that a picture drawn over with little strength changes little.
     schedule=ScheduleConfig(
-        prediction="v", spacing="trailing", final_alpha_one=True, zero_terminal_snr=True
+        prediction="v", spacing="linspace", final_alpha_one=True, zero_terminal_snr=True
     ),
     image_size=64,
     guidance=3.0,
