@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 from small import run, weights
 
+from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.training.ema import averaged, values
 from stable_diffusion_tf.training.loop import LossLog, Saves, train
-from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw
+from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw, muon
 
 
 def line(name="line"):
@@ -76,11 +77,31 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
     assert np.isfinite(losses(tmp_path)[0][1])
 
 
-def test_loss_scaling_for_float16(tmp_path):
-    scaled = line_fit(tmp_path, 3, optimizer=adamw(0.1, 3, loss_scaling=True))
-    plain = line_fit(tmp_path / "plain", 3, optimizer=adamw(0.1, 3))
-    for a, b in zip(weights([scaled]), weights([plain]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4)
+@pytest.mark.parametrize(
+    ("growth", "gradients", "expected"),
+    [
+        (1, [1, 1, 1, 1], [-1, -2, -3, -4]),  # the scale doubles after each step
+        (100, [1e38, 1, 1, 1], [0, -1, -2, -3]),  # overflows once: a step left out, half the scale
+    ],
+    ids=["growing", "overflowing"],
+)
+def test_the_loss_is_scaled_as_its_gradients_are_unscaled(growth, gradients, expected):
+    weight = keras.Variable(0.0)
+    sgd = keras.optimizers.SGD(1.0)
+    optimizer = keras.optimizers.LossScaleOptimizer(sgd, dynamic_growth_steps=growth)
+    step = training_step(lambda gradient: weight * gradient, [weight], optimizer)
+    found = []
+    for gradient in gradients:
+        step(np.float32(gradient))
+        found.append(values([weight])[0].item())
+    assert found == expected
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_loss_scaling_can_be_asked_for(make):
+    scaled, plain = (make(0.1, 3, loss_scaling=scaling) for scaling in (True, False))
+    assert isinstance(scaled, keras.optimizers.LossScaleOptimizer)
+    assert type(scaled.inner_optimizer) is type(plain)
 
 
 def test_the_previous_save_is_kept_and_serves_when_the_last_is_gone(tmp_path):
