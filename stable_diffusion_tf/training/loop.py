@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tqdm import trange
 
 from stable_diffusion_tf.compile import training_step
-from stable_diffusion_tf.files import atomic_path
+from stable_diffusion_tf.files import atomic_path, settle
 from stable_diffusion_tf.training.ema import averaged, values
 
 
@@ -111,8 +111,7 @@ class Saves:
         # Always the same name: what a kill leaves of it, the next save writes over.
         part = self.state.with_suffix(".part")
         save_file(arrays, part, metadata={"step": str(step), "recipe": json.dumps(self.recipe)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        settle(part)
         if self.state.exists():
             os.replace(self.state, self.previous)
         os.replace(part, self.state)

@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -112,6 +113,17 @@ def test_the_previous_save_is_kept_and_serves_when_the_last_is_gone(tmp_path):
     assert saves.restore() == 4
     saves.state.unlink()  # as when killed between the two renames
     assert saves.restore() == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+def test_a_save_has_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        line_fit(tmp_path, 2, save_every=1)
+    finally:
+        os.umask(before)
+    for name in ("state", "previous"):
+        assert stat.S_IMODE((tmp_path / f"{name}.safetensors").stat().st_mode) == 0o640
 
 
 def test_a_save_of_another_model_is_refused_by_name(tmp_path):
