@@ -13,7 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small import run, weights
 
 from stable_diffusion_tf.compile import training_step
@@ -151,6 +151,32 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path):
     line_fit(tmp_path, 3)
     with pytest.raises(ValueError, match="already at step 3, and 2 were asked for"):
         line_fit(tmp_path, 2)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_number_of_steps_can_change_until_the_decay_begins(tmp_path, scaled):
+    def fit(steps, stop):
+        optimizer = keras.optimizers.Adam(WarmupStableDecay(0.1, steps, warmup=1))
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        line_fit(tmp_path, stop, optimizer=optimizer)
+
+    fit(8, stop=6)
+    fit(16, stop=14)  # its last 4 steps decay: all but the first have another rate
+    for steps in (15, 24):
+        refusal = f"step 14 of 16, and a run of {steps} has other .* Train 16 steps in all"
+        with pytest.raises(ValueError, match=refusal):
+            fit(steps, stop=15)
+    state = tmp_path / "state.safetensors"
+    save_file(load_file(state), state, {"step": "14", "recipe": "{}"})  # as earlier saves are
+    fit(24, stop=15)
+
+
+def test_the_rate_depends_on_the_number_of_steps_once_it_falls():
+    rate = WarmupStableDecay(1.0, steps=400, warmup=10)  # falls after the update numbered 300
+    assert rate.same_before(301, 800)
+    assert not rate.same_before(302, 800)
+    assert not WarmupStableDecay(1.0, steps=800, warmup=10).same_before(302, 400)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
