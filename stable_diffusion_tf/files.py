@@ -22,7 +22,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:
             if written.is_file():
-                _settle(written)
+                settle(written)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
@@ -31,7 +31,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Gives a file the permissions of any new one, whatever made it, and puts it on the disk."""
     new = path.with_name(f"{path.name}.new")
     new.touch()  # the umask cannot be read without changing it for all threads

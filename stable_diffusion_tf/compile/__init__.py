@@ -115,21 +115,22 @@ class _Jax:
     def training_step(loss, variables, optimizer, jit):
         import jax
 
-        def loss_of(values, batch):
-            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+        held = [*variables, *optimizer.variables]
+
+        def loss_of(values, state, batch):  # the state too: the loss's scale is part of it
+            with keras.StatelessScope(list(zip(held, [*values, *state], strict=True))):
                 value = loss(*batch)
                 return optimizer.scale_loss(value), value
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def update(values, state, batch):
-            (_, value), gradients = jax.value_and_grad(loss_of, has_aux=True)(values, batch)
+            (_, value), gradients = jax.value_and_grad(loss_of, has_aux=True)(values, state, batch)
             return value, *optimizer.stateless_apply(state, gradients, values)
 
         def step(*batch):
             value, values, state = update(
                 [v.value for v in variables], [v.value for v in optimizer.variables], batch
             )
-            held = [*variables, *optimizer.variables]
             for variable, new in zip(held, [*values, *state], strict=True):
                 variable.assign(new)
             return value

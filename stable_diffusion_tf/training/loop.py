@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from tqdm import trange
 
 from stable_diffusion_tf.compile import training_step
-from stable_diffusion_tf.files import atomic_path
+from stable_diffusion_tf.files import atomic_path, settle
 from stable_diffusion_tf.training.ema import averaged, values
+from stable_diffusion_tf.training.optimizer import decaying
 
 
 def train(
@@ -57,7 +58,8 @@ def train(
 
     Raises:
         ValueError: the save in `folder` is damaged, further than `steps`, or of another model,
-            optimizer or recipe.
+            optimizer or recipe; or the optimizer's `WarmupStableDecay` is for another number of
+            steps and its decay had begun.
         FloatingPointError: the loss or a weight is not finite; nothing is saved then.
     """
     variables = [v for model in models for v in model.trainable_variables]
@@ -97,6 +99,7 @@ class Saves:
         self.state = self.folder / "state.safetensors"
         self.previous = self.folder / "previous.safetensors"
         self.recipe = {key: str(value) for key, value in (recipe or {}).items()}
+        self.schedule = decaying(optimizer)
         self.variables = {f"{i:04d}.{v.path}": v for i, v in enumerate(variables)} | {
             f"{type(optimizer).__name__}.{i:04d}": v for i, v in enumerate(optimizer.variables)
         }
@@ -110,9 +113,11 @@ class Saves:
                 raise FloatingPointError(f"{name} is not finite at step {step}. {self._advice()}")
         # Always the same name: what a kill leaves of it, the next save writes over.
         part = self.state.with_suffix(".part")
-        save_file(arrays, part, metadata={"step": str(step), "recipe": json.dumps(self.recipe)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        metadata = {"step": str(step), "recipe": json.dumps(self.recipe)}
+        if self.schedule is not None:
+            metadata["steps"] = str(self.schedule.steps)
+        save_file(arrays, part, metadata)
+        settle(part)
         if self.state.exists():
             os.replace(self.state, self.previous)
         os.replace(part, self.state)
@@ -133,7 +138,7 @@ class Saves:
             return int(file.metadata()["step"])
 
     def _check(self, saved: Path, file):
-        """Raises ValueError unless the save is of these variables and this recipe."""
+        """Raises ValueError unless the save is of these variables, this recipe and schedule."""
         ours = {name: tuple(v.shape) for name, v in self.variables.items()}
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         recipe = json.loads(file.metadata()["recipe"])
@@ -145,6 +150,16 @@ class Saves:
             raise ValueError(
                 f"{saved} is of another model, optimizer or recipe: {len(differ)} entries differ, "
                 f"first {', '.join(differ[:3])}. Train in a new folder, or as that run did"
+            )
+        metadata = file.metadata()
+        if self.schedule is None or "steps" not in metadata:  # earlier saves do not say
+            return
+        step, steps = int(metadata["step"]), int(metadata["steps"])
+        if not self.schedule.same_before(step, steps):
+            raise ValueError(
+                f"{saved} is at step {step} of {steps}, and a run of {self.schedule.steps} has "
+                f"other learning rates before that: their decay had begun. Train {steps} steps in "
+                "all, or in a new folder"
             )
 
     def _advice(self) -> str:

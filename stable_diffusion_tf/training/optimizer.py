@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -22,6 +23,12 @@ class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
         rising = (step + 1) / self.warmup
         falling = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.rate * ops.clip(ops.minimum(rising, falling), 0.0, 1.0)
+
+    def same_before(self, step, steps) -> bool:
+        """Whether a run of `steps` in all has had the same rates when `step` of them are done."""
+        other = WarmupStableDecay(self.rate, steps, self.warmup, self.decay)
+        done = np.arange(step)
+        return np.array_equal(self(done), other(done))
 
     def get_config(self):
         names = ("rate", "steps", "warmup", "decay")
@@ -47,6 +54,16 @@ class Muon(keras.optimizers.Muon):
 
     def lr_adjust(self, x):
         return x * (self.rms_rate * math.sqrt(max(math.prod(x.shape[:-1]), x.shape[-1])))
+
+
+def decaying(optimizer) -> WarmupStableDecay | None:
+    """The optimizer's schedule, if it is one that depends on the number of steps."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # as under loss scaling
+    rate = inner.get_config()["learning_rate"]
+    if not isinstance(rate, dict):
+        return None
+    schedule = keras.optimizers.schedules.deserialize(rate)
+    return schedule if isinstance(schedule, WarmupStableDecay) else None
 
 
 def adamw(rate, steps, ema_momentum=0.999, loss_scaling=False):

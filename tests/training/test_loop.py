@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,12 +13,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small import run, weights
 
+from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.training.ema import averaged, values
 from stable_diffusion_tf.training.loop import LossLog, Saves, train
-from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw
+from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw, muon
 
 
 def line(name="line"):
@@ -76,11 +78,31 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
     assert np.isfinite(losses(tmp_path)[0][1])
 
 
-def test_loss_scaling_for_float16(tmp_path):
-    scaled = line_fit(tmp_path, 3, optimizer=adamw(0.1, 3, loss_scaling=True))
-    plain = line_fit(tmp_path / "plain", 3, optimizer=adamw(0.1, 3))
-    for a, b in zip(weights([scaled]), weights([plain]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4)
+@pytest.mark.parametrize(
+    ("growth", "gradients", "expected"),
+    [
+        (1, [1, 1, 1, 1], [-1, -2, -3, -4]),  # the scale doubles after each step
+        (100, [1e38, 1, 1, 1], [0, -1, -2, -3]),  # overflows once: a step left out, half the scale
+    ],
+    ids=["growing", "overflowing"],
+)
+def test_the_loss_is_scaled_as_its_gradients_are_unscaled(growth, gradients, expected):
+    weight = keras.Variable(0.0)
+    sgd = keras.optimizers.SGD(1.0)
+    optimizer = keras.optimizers.LossScaleOptimizer(sgd, dynamic_growth_steps=growth)
+    step = training_step(lambda gradient: weight * gradient, [weight], optimizer)
+    found = []
+    for gradient in gradients:
+        step(np.float32(gradient))
+        found.append(values([weight])[0].item())
+    assert found == expected
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_loss_scaling_can_be_asked_for(make):
+    scaled, plain = (make(0.1, 3, loss_scaling=scaling) for scaling in (True, False))
+    assert isinstance(scaled, keras.optimizers.LossScaleOptimizer)
+    assert type(scaled.inner_optimizer) is type(plain)
 
 
 def test_the_previous_save_is_kept_and_serves_when_the_last_is_gone(tmp_path):
@@ -91,6 +113,17 @@ def test_the_previous_save_is_kept_and_serves_when_the_last_is_gone(tmp_path):
     assert saves.restore() == 4
     saves.state.unlink()  # as when killed between the two renames
     assert saves.restore() == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+def test_a_save_has_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        line_fit(tmp_path, 2, save_every=1)
+    finally:
+        os.umask(before)
+    for name in ("state", "previous"):
+        assert stat.S_IMODE((tmp_path / f"{name}.safetensors").stat().st_mode) == 0o640
 
 
 def test_a_save_of_another_model_is_refused_by_name(tmp_path):
@@ -118,6 +151,32 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path):
     line_fit(tmp_path, 3)
     with pytest.raises(ValueError, match="already at step 3, and 2 were asked for"):
         line_fit(tmp_path, 2)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_number_of_steps_can_change_until_the_decay_begins(tmp_path, scaled):
+    def fit(steps, stop):
+        optimizer = keras.optimizers.Adam(WarmupStableDecay(0.1, steps, warmup=1))
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        line_fit(tmp_path, stop, optimizer=optimizer)
+
+    fit(8, stop=6)
+    fit(16, stop=14)  # its last 4 steps decay: all but the first have another rate
+    for steps in (15, 24):
+        refusal = f"step 14 of 16, and a run of {steps} has other .* Train 16 steps in all"
+        with pytest.raises(ValueError, match=refusal):
+            fit(steps, stop=15)
+    state = tmp_path / "state.safetensors"
+    save_file(load_file(state), state, {"step": "14", "recipe": "{}"})  # as earlier saves are
+    fit(24, stop=15)
+
+
+def test_the_rate_depends_on_the_number_of_steps_once_it_falls():
+    rate = WarmupStableDecay(1.0, steps=400, warmup=10)  # falls after the update numbered 300
+    assert rate.same_before(301, 800)
+    assert not rate.same_before(302, 800)
+    assert not WarmupStableDecay(1.0, steps=800, warmup=10).same_before(302, 400)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
