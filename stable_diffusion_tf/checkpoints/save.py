@@ -31,7 +31,7 @@ FILE = ".safetensors"
 OTHER_FILES = (".bin", ".ckpt", ".h5", ".pt", ".pth")
 
 
-def save(models: Models, target: str | os.PathLike, dtype: str = "float16") -> None:
+def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> None:
     """Write the four networks, whole or not at all.
 
     Args:

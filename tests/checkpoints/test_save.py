@@ -24,7 +24,7 @@ def models(tiny_folder):
 
 
 def test_what_is_saved_is_what_was_loaded(tmp_path, models, tiny_weights):
-    save(models, tmp_path / "saved", dtype="float32")
+    save(models, tmp_path / "saved")
 
     assert open_checkpoint(tmp_path / "saved").config == models.config
     for part, file in FILES.items():
@@ -66,7 +66,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, model
     bias = models.decoder.get_layer("decoder.conv_in").bias
     bias.assign(np.full(bias.shape, 1e6))
     with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias .* not finite in float16"):
-        save(models, tmp_path / "saved")
+        save(models, tmp_path / "saved", dtype="float16")
     assert sorted(os.listdir(tmp_path)) == before
 
 
