@@ -285,8 +285,10 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weig
     path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     assert prediction() == "v"
     assert prediction(prediction="epsilon") == "epsilon"
-    save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": "epsilon"})
-    assert prediction() == "epsilon"  # the file itself before what lies beside it
+    # The file itself comes before what lies beside it, in ModelSpec's words or in diffusers'.
+    for said, expected in (("v", "v"), ("v_prediction", "v"), ("epsilon", "epsilon")):
+        save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": said})
+        assert prediction() == expected
     with pytest.raises(ValueError, match="'epsilon' or 'v', not 'sample'"):
         prediction(prediction="sample")
 

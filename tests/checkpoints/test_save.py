@@ -13,6 +13,7 @@ from stable_diffusion_tf import pipeline
 from stable_diffusion_tf.checkpoints import save as checkpoints_save
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
+from stable_diffusion_tf.checkpoints.readers import SafetensorsFile
 from stable_diffusion_tf.checkpoints.save import check_target, convert, save, write_file
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 from stable_diffusion_tf.tokenizer import Tokenizer
@@ -107,6 +108,8 @@ def test_one_file_is_read_again(tmp_path, models, prediction):
         tmp_path / "saved.safetensors",
         dtype="float32",
     )
+    metadata = SafetensorsFile(tmp_path / "saved.safetensors").metadata
+    assert metadata["modelspec.prediction_type"] == prediction
     checkpoint = open_checkpoint(tmp_path / "saved.safetensors", config=TINY_2)
     assert checkpoint.config.schedule.prediction == prediction
     for part in ("text_encoder", "encoder", "decoder"):
