@@ -110,9 +110,10 @@ def is_whole(file: HubFile, path: Path) -> bool | None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal: of a large one in the cache as its link says, or computed."""
-    name = _target(path).name
-    known = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name)
-    return name if known else _hash(path, like=64 * "0")
+    stored = _target(path)
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", stored.name) and _in_cache(stored):
+        return stored.name
+    return _hash(path, like=64 * "0")
 
 
 def list_files(repo: str) -> tuple[list[str], str]:
@@ -180,6 +181,14 @@ def _hash(path: Path, like: str) -> str:
 def _target(path: Path) -> Path:
     """The file that the cache's entry `path` stands for: where its link leads, or itself."""
     return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+
+
+def _in_cache(stored: Path) -> bool:
+    """Whether a file is where the cache puts those that it names by their hashes."""
+    from huggingface_hub import constants
+
+    blobs, cache = stored.parent, os.path.normpath(constants.HF_HUB_CACHE)
+    return blobs.name == "blobs" and blobs.parent.parent == Path(cache)
 
 
 def _stored(repo: str) -> set[Path]:
