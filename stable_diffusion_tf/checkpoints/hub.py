@@ -215,8 +215,7 @@ REASONS: dict[str | int | None, tuple[str, str]] = {
     ),
     "RepositoryNotFoundError": (
         "there is no such repository, or it is private",
-        "Check its name, or the path if a folder was meant; for a private one put an access token "
-        "into HF_TOKEN",
+        "Check its name; for a private one put an access token into HF_TOKEN",
     ),
     "RevisionNotFoundError": ("the repository has no such revision", "Check its name"),
     "EntryNotFoundError": ("the repository has no such file", "Check its name"),

@@ -358,6 +358,8 @@ def test_an_opened_checkpoint_is_taken_as_it_is(tiny_model):
         ("someone/some-model", True),
         ("someone/some-model/file.ckpt", True),
         ("a/folder", False),
+        ("a/fodler", False),
+        ("a/fodler/file.ckpt", False),
         ("../some-model", False),
         ("", False),
     ],
