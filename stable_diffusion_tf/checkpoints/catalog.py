@@ -190,8 +190,6 @@ def open_checkpoint(
     if prediction not in (None, "epsilon", "v"):
         raise ValueError(f"prediction must be 'epsilon' or 'v', not {prediction!r}")
     checkpoint = _open(source, config, prediction, ema, variant)
-    if config is not None and checkpoint.config.unet != config.unet:
-        raise ValueError(f"{source} has a config of its own; leave out `config`")
     if vae is not None:
         parts = open_vae(Path(vae), checkpoint.config)
         checkpoint = replace(checkpoint, parts={**checkpoint.parts, **parts})
@@ -216,7 +214,7 @@ def _open(
     variant: str | None,
 ) -> Checkpoint:
     if isinstance(source, Checkpoint):
-        refuse_options("an opened checkpoint", ema=ema, variant=variant)
+        refuse_options("an opened checkpoint", ema=ema, variant=variant, config=config)
         return source
     if isinstance(source, Mapping):
         refuse_options("files by network", variant=variant)
@@ -224,8 +222,8 @@ def _open(
     if isinstance(source, str) and source in PRESETS:
         preset = PRESETS[source]
         if preset.config is None:
-            return open_path(preset_folder(source), ema=ema, variant=variant)
-        refuse_options(source, ema=ema, variant=variant)
+            return open_path(preset_folder(source), config, ema=ema, variant=variant)
+        refuse_options(source, ema=ema, variant=variant, config=config)
         return Checkpoint(
             preset.config,
             {
@@ -264,7 +262,7 @@ def _open_on_hub(
     if file.name:
         refuse_options(file, variant=variant)
         return open_path(fetch(file), config, prediction, ema)
-    refuse_options(file.repo, ema=ema)
+    refuse_options(file.repo, ema=ema, config=config)
     folder = HubFolder(file.repo, variant)
     return Checkpoint(folder.config, {part: partial(folder.match, part) for part in PARTS})
 

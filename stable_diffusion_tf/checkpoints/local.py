@@ -24,6 +24,7 @@ MAX_YAML = 2**20  # bytes
 OPTIONS = {
     "ema": "a single CompVis file can hold the UNet's moving average beside its weights",
     "variant": "a folder or a repository in the diffusers layout has variants",
+    "config": "files without a config of their own take one",
 }
 
 
@@ -71,7 +72,7 @@ def _open_folder(
 ) -> Checkpoint:
     """A folder in the diffusers layout, or one of h5 files with a network each."""
     if any((folder / name).exists() for name in ("model_index.json", "unet", "text_encoder")):
-        refuse_options(folder, ema=ema)
+        refuse_options(folder, ema=ema, config=config)
         return open_folder(folder, variant)
     refuse_options(folder, variant=variant)
     files = sorted(path for path in folder.iterdir() if path.is_file())

@@ -301,9 +301,13 @@ def test_an_assumed_prediction_is_said(tmp_path, tiny_weights, caplog):
         assert caplog.text.count("taken as epsilon") == said
 
 
-def test_a_config_is_only_for_files_without_one(tiny_model):
-    with pytest.raises(ValueError, match="has a config of its own"):
-        open_checkpoint(tiny_model, config=SD_1)
+@pytest.mark.parametrize("source", ["emoji", "sd-v1-4-keras", "someone/model", "folder", "opened"])
+def test_a_config_is_only_for_files_without_one(tiny_model, source):
+    opened = open_checkpoint(tiny_model)
+    source = {"folder": tiny_model, "opened": opened}.get(source, source)
+    for config in (TINY, replace(TINY, guidance=1.0)):
+        with pytest.raises(ValueError, match=r"`config` means nothing for .* without a config"):
+            open_checkpoint(source, config=config)
 
 
 def wrong(tmp_path, content):
