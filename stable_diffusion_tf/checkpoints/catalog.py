@@ -175,7 +175,8 @@ def open_checkpoint(
         config: of the model in files whose tensors' sizes are not those of a published one.
         prediction: what the UNet predicts; None: what the source's config says. Single files are
             taken as "epsilon" unless they or a `.yaml` beside them say otherwise: tensors cannot.
-        vae: a file, or a folder with one, whose encoder and decoder are taken instead.
+        vae: a file, or a folder with one, whose encoder and decoder are taken instead; in the
+            diffusers layout with the `config.json` beside it, whose scale of latents it has.
         ema: take the UNet's moving average where a single file has both.
         variant: such as "fp16": which weights of a diffusers folder or repository to take.
 
@@ -191,8 +192,8 @@ def open_checkpoint(
         raise ValueError(f"prediction must be 'epsilon' or 'v', not {prediction!r}")
     checkpoint = _open(source, config, prediction, ema, variant)
     if vae is not None:
-        parts = open_vae(Path(vae), checkpoint.config)
-        checkpoint = replace(checkpoint, parts={**checkpoint.parts, **parts})
+        other = open_vae(Path(vae), checkpoint.config)
+        checkpoint = replace(other, parts={**checkpoint.parts, **other.parts})
     if prediction is not None:
         schedule = replace(checkpoint.config.schedule, prediction=prediction)
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, schedule=schedule))

@@ -165,7 +165,7 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
         index.refuse(OURS, "an object")
 
     text_encoder = _read_text_encoder(folder)
-    autoencoder = _read_autoencoder(Fields(folder / "vae" / "config.json"))
+    autoencoder = read_autoencoder(folder / "vae" / "config.json")
     fields = Fields(folder / "unet" / "config.json")
     unet = _read_unet(fields)
     if unet.context_width != text_encoder.width:
@@ -257,7 +257,9 @@ def _read_unet(fields: Fields) -> UNetConfig:
     return config
 
 
-def _read_autoencoder(fields: Fields) -> AutoencoderConfig:
+def read_autoencoder(path: Path) -> AutoencoderConfig:
+    """What `vae/config.json` says. Errors as of `read_config`."""
+    fields = Fields(path)
     fields.only(SUPPORTED["vae"])
     widths = fields.per_level("block_out_channels", [64])
     for key, name in (

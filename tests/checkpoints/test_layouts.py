@@ -178,6 +178,27 @@ def test_another_autoencoder_is_laid_over(tmp_path, tiny_weights, tiny_model, pr
         open_checkpoint(tiny_model, vae=folder)
 
 
+def test_another_autoencoder_has_its_own_scale(tmp_path, tiny_model, tiny_folder):
+    folder = tiny_folder / "vae"
+    file = tiny_folder / FILES["vae"]
+    config = json.loads((folder / "config.json").read_text())
+
+    def opened(vae, **said):
+        (folder / "config.json").write_text(json.dumps(config | said))
+        return open_checkpoint(tiny_model, vae=vae).config
+
+    other = replace(TINY, autoencoder=replace(TINY.autoencoder, scale=0.5))
+    assert opened(folder, scaling_factor=0.5) == opened(file, scaling_factor=0.5) == other
+    assert opened(file.rename(folder / "alone"), scaling_factor=0.5) == TINY
+    (folder / "alone").rename(file)
+    deeper = {key: config[key] * 2 for key in config if isinstance(config[key], list)}
+    for said in ({"latent_channels": 8}, deeper):
+        with pytest.raises(CheckpointError, match=r"config\.json: its latents .* needs 4 and 2"):
+            opened(folder, **said)
+    with pytest.raises(CheckpointError, match=r"config\.json: shift_factor = 0\.1 is not"):
+        opened(folder, shift_factor=0.1)
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
 def test_folders_with_pytorch_files_load(tiny_folder, tiny_weights, old):
     for part, name in FILES.items():
