@@ -132,6 +132,30 @@ def test_single_files_load(tmp_path, tiny_weights, text, kind):
     check(checkpoint, tiny_weights)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy", "h5"])
+def test_a_file_that_another_replaced_is_not_read(tmp_path, tiny_weights, h5_at_once, kind):
+    path = tmp_path / "decoder"
+
+    def write():
+        if kind == "h5":
+            rows = layouts.keras_weights(tiny_weights["vae"], layouts.keras_decoder())
+            layouts.write_h5(path, rows, functional=False)
+        elif kind == "safetensors":
+            save_safetensors(tiny_weights["vae"], path)
+        else:
+            layouts.write_ckpt(path, tiny_weights["vae"], old=kind == "legacy")
+
+    write()
+    checkpoint = open_checkpoint({"decoder": path}, config=TINY)
+    variables = layouts.variables("decoder", tiny_weights["vae"])
+    path.rename(tmp_path / "before")
+    write()
+    assert path.stat().st_size == (tmp_path / "before").stat().st_size
+    with pytest.raises(CheckpointError, match=r"decoder has changed .* Open the model again"):
+        checkpoint.match("decoder", variables)[0].read()
+    check(open_checkpoint({"decoder": path}, config=TINY), tiny_weights, ["decoder"])
+
+
 def test_old_text_encoder_names_load(tmp_path, tiny_weights):
     tensors = {
         name.replace("transformer.text_model.", "transformer."): tensor
