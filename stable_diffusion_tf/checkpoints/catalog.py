@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Match
-from stable_diffusion_tf.checkpoints.hub import HubFile, fetch
+from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile, fetch
 from stable_diffusion_tf.checkpoints.hub_folder import HubFolder, cached_files
 from stable_diffusion_tf.checkpoints.local import (
     PARTS,
@@ -175,7 +175,8 @@ def open_checkpoint(
         config: of the model in files whose tensors' sizes are not those of a published one.
         prediction: what the UNet predicts; None: what the source's config says. Single files are
             taken as "epsilon" unless they or a `.yaml` beside them say otherwise: tensors cannot.
-        vae: a file, or a folder with one, whose encoder and decoder are taken instead.
+        vae: a file, or a folder with one, whose encoder and decoder are taken instead; in the
+            diffusers layout with the `config.json` beside it, whose scale of latents it has.
         ema: take the UNet's moving average where a single file has both.
         variant: such as "fp16": which weights of a diffusers folder or repository to take.
 
@@ -190,11 +191,9 @@ def open_checkpoint(
     if prediction not in (None, "epsilon", "v"):
         raise ValueError(f"prediction must be 'epsilon' or 'v', not {prediction!r}")
     checkpoint = _open(source, config, prediction, ema, variant)
-    if config is not None and checkpoint.config.unet != config.unet:
-        raise ValueError(f"{source} has a config of its own; leave out `config`")
     if vae is not None:
-        parts = open_vae(Path(vae), checkpoint.config)
-        checkpoint = replace(checkpoint, parts={**checkpoint.parts, **parts})
+        other = open_vae(Path(vae), checkpoint.config)
+        checkpoint = replace(other, parts={**checkpoint.parts, **other.parts})
     if prediction is not None:
         schedule = replace(checkpoint.config.schedule, prediction=prediction)
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, schedule=schedule))
@@ -216,7 +215,7 @@ def _open(
     variant: str | None,
 ) -> Checkpoint:
     if isinstance(source, Checkpoint):
-        refuse_options("an opened checkpoint", ema=ema, variant=variant)
+        refuse_options("an opened checkpoint", ema=ema, variant=variant, config=config)
         return source
     if isinstance(source, Mapping):
         refuse_options("files by network", variant=variant)
@@ -224,8 +223,8 @@ def _open(
     if isinstance(source, str) and source in PRESETS:
         preset = PRESETS[source]
         if preset.config is None:
-            return open_path(preset_folder(source), ema=ema, variant=variant)
-        refuse_options(source, ema=ema, variant=variant)
+            return open_path(preset_folder(source), config, ema=ema, variant=variant)
+        refuse_options(source, ema=ema, variant=variant, config=config)
         return Checkpoint(
             preset.config,
             {
@@ -237,17 +236,36 @@ def _open(
     if str(source) and path.exists():  # Path("") would be the working directory
         return open_path(path, config, prediction, ema, variant)
     if (file := hub_file(source)) is not None:
-        if file.name:
-            refuse_options(source, variant=variant)
-            return open_path(fetch(file), config, prediction, ema)
-        refuse_options(source, ema=ema)
-        folder = HubFolder(file.repo, variant)
-        return Checkpoint(folder.config, {part: partial(folder.match, part) for part in PARTS})
+        if (folder := _owner_folder(file)) is not None:
+            raise CheckpointError(
+                f"There is no {source}, but a folder {folder}: so no hub is asked for it. Check "
+                "the path; if a repository is meant, name it where there is no such folder."
+            )
+        try:
+            return _open_on_hub(file, config, prediction, ema, variant)
+        except DownloadError as error:
+            raise DownloadError(f"{error} Nor is there a folder or file {source} here.") from None
     raise CheckpointError(
         f"Unknown weights {str(source)!r}: no preset, no folder or file, and no name of a "
         f"repository (owner/name). Give a preset ({', '.join(PRESETS)}), a folder in the diffusers "
         "layout or with Keras's h5 files, or a single file."
     )
+
+
+def _open_on_hub(
+    file: HubFile,
+    config: ModelConfig | None,
+    prediction: str | None,
+    ema: bool,
+    variant: str | None,
+) -> Checkpoint:
+    """A file of a repository, or with no name all of it."""
+    if file.name:
+        refuse_options(file, variant=variant)
+        return open_path(fetch(file), config, prediction, ema)
+    refuse_options(file.repo, ema=ema, config=config)
+    folder = HubFolder(file.repo, variant)
+    return Checkpoint(folder.config, {part: partial(folder.match, part) for part in PARTS})
 
 
 def _fetch_and_match(
@@ -261,7 +279,14 @@ def is_on_hub(source: str) -> bool:
     """Whether `open_checkpoint` would take the source from a hub, or from its cache."""
     if source in PRESETS:
         return bool(PRESETS[source].files)
-    return not Path(source).exists() and hub_file(source) is not None
+    file = None if Path(source).exists() else hub_file(source)
+    return file is not None and _owner_folder(file) is None
+
+
+def _owner_folder(file: HubFile) -> Path | None:
+    """The folder here by the name of a repository's owner: then a path was meant, and mistyped."""
+    folder = Path(file.repo).parent
+    return folder if folder.is_dir() else None
 
 
 def hub_file(source: Source) -> HubFile | None:

@@ -104,10 +104,11 @@ class Fields:
             self.refuse(key, f"an integer of {least} or more")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, below: float = math.inf) -> float:
         value = self.values.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            self.refuse(key, "a positive number")
+        if type(value) not in (int, float) or not 0 < value < below:
+            limit = "" if below == math.inf else f" below {below}"
+            self.refuse(key, f"a positive number{limit}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -164,7 +165,7 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
         index.refuse(OURS, "an object")
 
     text_encoder = _read_text_encoder(folder)
-    autoencoder = _read_autoencoder(Fields(folder / "vae" / "config.json"))
+    autoencoder = read_autoencoder(folder / "vae" / "config.json")
     fields = Fields(folder / "unet" / "config.json")
     unet = _read_unet(fields)
     if unet.context_width != text_encoder.width:
@@ -193,8 +194,8 @@ def _read_text_encoder(folder: Path) -> TextEncoderConfig:
     fields = Fields(folder / "text_encoder" / "config.json")
     fields.only(SUPPORTED["text_encoder"])
     config = TextEncoderConfig(
-        vocab_size=fields.integer("vocab_size", 49408),
-        max_length=fields.integer("max_position_embeddings", 77),
+        vocab_size=fields.integer("vocab_size", 49408, least=49408),  # all that the tokenizer has
+        max_length=fields.integer("max_position_embeddings", 77, least=3),  # start, a token, end
         width=fields.integer("hidden_size", 512),
         layers=fields.integer("num_hidden_layers", 12),
         heads=fields.integer("num_attention_heads", 8),
@@ -256,7 +257,9 @@ def _read_unet(fields: Fields) -> UNetConfig:
     return config
 
 
-def _read_autoencoder(fields: Fields) -> AutoencoderConfig:
+def read_autoencoder(path: Path) -> AutoencoderConfig:
+    """What `vae/config.json` says. Errors as of `read_config`."""
+    fields = Fields(path)
     fields.only(SUPPORTED["vae"])
     widths = fields.per_level("block_out_channels", [64])
     for key, name in (
@@ -285,8 +288,8 @@ def _read_schedule(fields: Fields) -> ScheduleConfig:
     fields.only(SUPPORTED["scheduler"])
     return ScheduleConfig(
         betas=fields.choice("beta_schedule", BETAS, "linear"),
-        beta_start=fields.number("beta_start", 1e-4),
-        beta_end=fields.number("beta_end", 0.02),
+        beta_start=fields.number("beta_start", 1e-4, below=1),
+        beta_end=fields.number("beta_end", 0.02, below=1),
         train_steps=fields.integer("num_train_timesteps", 1000),
         prediction=fields.choice("prediction_type", PREDICTIONS, "epsilon"),
         spacing=fields.choice("timestep_spacing", SPACINGS, None),

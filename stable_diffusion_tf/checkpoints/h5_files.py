@@ -34,7 +34,7 @@ class H5File:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        size = regular_file(self.path)
+        self._version = regular_file(self.path)
         try:
             weights = read_structure(self.path)["weights"]
             self._places = {
@@ -44,7 +44,7 @@ class H5File:
             for name, (dtype, shape, offset) in self._places.items():
                 if dtype.hasobject or len(shape) > MAX_RANK:
                     raise ValueError(f"{name} is no array of numbers")
-                in_file = 0 <= offset <= size - math.prod(shape) * dtype.itemsize
+                in_file = 0 <= offset <= self._version.size - math.prod(shape) * dtype.itemsize
                 if not in_file or any(n < 0 for n in shape):
                     raise ValueError(f"{name} of shape {shape} is not in the file")
             if not weights or len(weights) != len(self._places):
@@ -67,7 +67,8 @@ class H5File:
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         dtype, shape, offset = self._places[name]
-        return read_values(self.path, dtype, math.prod(shape), offset).reshape(shape)
+        values = read_values(self.path, self._version, dtype, math.prod(shape), offset)
+        return values.reshape(shape)
 
 
 def read_structure(path: Path) -> dict:

@@ -110,9 +110,10 @@ def is_whole(file: HubFile, path: Path) -> bool | None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal: of a large one in the cache as its link says, or computed."""
-    name = _target(path).name
-    known = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name)
-    return name if known else _hash(path, like=64 * "0")
+    stored = _target(path)
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", stored.name) and _in_cache(stored):
+        return stored.name
+    return _hash(path, like=64 * "0")
 
 
 def list_files(repo: str) -> tuple[list[str], str]:
@@ -182,6 +183,14 @@ def _target(path: Path) -> Path:
     return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
 
 
+def _in_cache(stored: Path) -> bool:
+    """Whether a file is where the cache puts those that it names by their hashes."""
+    from huggingface_hub import constants
+
+    blobs, cache = stored.parent, os.path.normpath(constants.HF_HUB_CACHE)
+    return blobs.name == "blobs" and blobs.parent.parent == Path(cache)
+
+
 def _stored(repo: str) -> set[Path]:
     """All that the cache has of a repository."""
     from huggingface_hub import constants
@@ -206,8 +215,7 @@ REASONS: dict[str | int | None, tuple[str, str]] = {
     ),
     "RepositoryNotFoundError": (
         "there is no such repository, or it is private",
-        "Check its name, or the path if a folder was meant; for a private one put an access token "
-        "into HF_TOKEN",
+        "Check its name; for a private one put an access token into HF_TOKEN",
     ),
     "RevisionNotFoundError": ("the repository has no such revision", "Check its name"),
     "EntryNotFoundError": ("the repository has no such file", "Check its name"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion_tf.checkpoints import compvis, keras_h5
-from stable_diffusion_tf.checkpoints.config_json import PREDICTIONS
+from stable_diffusion_tf.checkpoints.config_json import PREDICTIONS, read_autoencoder
 from stable_diffusion_tf.checkpoints.diffusers import ENDINGS, FILES, find_weights, open_folder
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Part
 from stable_diffusion_tf.checkpoints.layouts import find_config, find_layout
@@ -24,6 +24,7 @@ MAX_YAML = 2**20  # bytes
 OPTIONS = {
     "ema": "a single CompVis file can hold the UNet's moving average beside its weights",
     "variant": "a folder or a repository in the diffusers layout has variants",
+    "config": "files without a config of their own take one",
 }
 
 
@@ -71,7 +72,7 @@ def _open_folder(
 ) -> Checkpoint:
     """A folder in the diffusers layout, or one of h5 files with a network each."""
     if any((folder / name).exists() for name in ("model_index.json", "unet", "text_encoder")):
-        refuse_options(folder, ema=ema)
+        refuse_options(folder, ema=ema, config=config)
         return open_folder(folder, variant)
     refuse_options(folder, variant=variant)
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -127,22 +128,39 @@ def _open_files(
     return Checkpoint(config, parts)
 
 
-def open_vae(path: Path, config: ModelConfig) -> dict[str, Part]:
-    """The encoder and the decoder of a file, or of a folder with one.
+def open_vae(path: Path, config: ModelConfig) -> Checkpoint:
+    """The encoder and the decoder of a file, or of a folder with one, for a model of this config.
+
+    In the diffusers layout a `config.json` beside them says what they are, with the scale of their
+    latents; else they are taken for what the model's own are.
 
     Raises:
-        FileNotFoundError, CheckpointError: there is none; or it is something else or damaged.
+        FileNotFoundError, CheckpointError: there is none; or it is something else or damaged, or
+            its latents are not the model's.
     """
+    stem = Path(FILES["decoder"]).name
     if path.is_dir():  # what is "vae/…" in a whole model
         name = find_weights("decoder", lambda name: (path / Path(name).name).exists())
         if name is None:
-            raise FileNotFoundError(f"{path} has no {Path(FILES['decoder']).name}{ENDINGS[0]}.")
+            raise FileNotFoundError(f"{path} has no {stem}{ENDINGS[0]}.")
         path /= Path(name).name
     file = open_tensors(path)
     held = find_layout(file).tables(config, file, False)
     if not {"encoder", "decoder"} <= held.keys():
         raise CheckpointError(f"{path} is no autoencoder: it holds {listing(held)}.")
-    return {part: partial(held[part].match, file=file) for part in ("encoder", "decoder")}
+    beside = path.with_name("config.json")
+    if path.name.startswith(stem) and beside.exists():
+        own, needed = read_autoencoder(beside), config.autoencoder
+        if (own.latent_channels, own.factor) != (needed.latent_channels, needed.factor):
+            raise CheckpointError(
+                f"{beside}: its latents have {own.latent_channels} channels and {own.factor} "
+                f"pixels a side; {config.name} needs {needed.latent_channels} and {needed.factor}. "
+                "Give an autoencoder made for it."
+            )
+        config = replace(config, autoencoder=own)
+    return Checkpoint(
+        config, {part: partial(held[part].match, file=file) for part in ("encoder", "decoder")}
+    )
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -84,7 +84,8 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._entries, self.metadata = _read_header(self.path)
+        self._version = regular_file(self.path)
+        self._entries, self.metadata = _read_header(self.path, self._version.size)
 
     @property
     def names(self) -> list[str]:
@@ -100,17 +101,36 @@ class SafetensorsFile:
         """The tensor's values, in its stored dtype."""
         entry = self._entries[name]
         count = math.prod(entry.shape)
-        return read_values(self.path, entry.dtype, count, entry.start).reshape(entry.shape)
+        values = read_values(self.path, self._version, entry.dtype, count, entry.start)
+        return values.reshape(entry.shape)
 
 
-def read_values(path: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:
+class Version(NamedTuple):
+    """What tells a file from another in its place, and from itself before it was changed."""
+
+    node: int
+    size: int  # bytes
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Version":
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def read_values(
+    path: Path, version: Version, dtype: np.dtype, count: int, start: int
+) -> np.ndarray:
     """`count` values from the byte `start` of a file on: (count,).
 
     Raises:
-        CheckpointError: the file ends before them.
+        CheckpointError: the file is no longer the version that `start` was found in; or it ends
+            before them.
     """
     size = count * dtype.itemsize
-    data = np.fromfile(path, np.uint8, size, offset=start)  # which knows no bfloat16
+    with path.open("rb") as file:
+        if Version.of(os.fstat(file.fileno())) != version:
+            raise CheckpointError(f"{path} has changed since it was opened. Open the model again.")
+        data = np.fromfile(file, np.uint8, size, offset=start)  # which knows no bfloat16
     if data.size != size:
         raise CheckpointError(f"{path} was cut short while it was read.")
     return data.view(dtype)
@@ -127,8 +147,8 @@ def save_safetensors(
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
 
 
-def regular_file(path: Path) -> int:
-    """The size of a file, in bytes.
+def regular_file(path: Path) -> Version:
+    """The version of a file, with its size.
 
     Raises:
         FileNotFoundError: there is none.
@@ -138,10 +158,10 @@ def regular_file(path: Path) -> int:
         raise FileNotFoundError(f"{path} is missing.")
     if not path.is_file():
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}.")
-    size = path.stat().st_size
-    if size == 0:
+    version = Version.of(path.stat())
+    if version.size == 0:
         raise CheckpointError(f"{path} is empty. Download it again.")
-    return size
+    return version
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -152,7 +172,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: it is something else.
     """
     path = Path(path)
-    if regular_file(path) > MAX_JSON:
+    if regular_file(path).size > MAX_JSON:
         raise CheckpointError(f"{path} is too large for a JSON file of a checkpoint.")
     data = path.read_bytes()
     try:
@@ -163,8 +183,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         ) from None
 
 
-def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    size = regular_file(path)
+def _read_header(path: Path, size: int) -> tuple[dict[str, _Entry], dict[str, str]]:
     with path.open("rb") as file:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")

@@ -31,7 +31,7 @@ FILE = ".safetensors"
 OTHER_FILES = (".bin", ".ckpt", ".h5", ".pt", ".pth")
 
 
-def save(models: Models, target: str | os.PathLike, dtype: str = "float16") -> None:
+def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> None:
     """Write the four networks, whole or not at all.
 
     Args:
@@ -143,8 +143,8 @@ def write_file(models: Models, path: Path, dtype: str) -> None:
         for name, tensor in export(part, getattr(models, part), dtype, table).items():
             pointwise = re.search(table.pointwise, name)
             tensors[name] = tensor[..., None, None] if pointwise else tensor
-    # Nothing in the tensors tells epsilon from v prediction.
-    prediction = write_config(models.config)["scheduler/scheduler_config.json"]["prediction_type"]
+    # Nothing in the tensors tells epsilon from v prediction; ours are ModelSpec's words for them.
+    prediction = models.config.schedule.prediction
     save_safetensors(tensors, path, {"format": "pt", "modelspec.prediction_type": prediction})
 
 

@@ -92,11 +92,11 @@ class TorchFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        size = regular_file(self.path)
+        self._version = regular_file(self.path)
         try:
             with self.path.open("rb") as file:
-                zipped = file.read(4) == b"PK\x03\x04"
-                contents, self._starts = (_read_zip if zipped else _read_legacy)(file, size)
+                read = _read_zip if file.read(4) == b"PK\x03\x04" else _read_legacy
+                contents, self._starts = read(file, self._version.size)
             self._tensors = _tensors(contents)
         except PickleError as error:
             raise CheckpointError(f"{self.path}: {error}. {REMEDY}") from None
@@ -118,7 +118,7 @@ class TorchFile:
         tensor = self._tensors[name]
         storage, dtype = tensor.storage, tensor.storage.dtype
         start = self._starts[storage.key] + tensor.offset * dtype.itemsize
-        values = read_values(self.path, dtype, tensor.size, start)
+        values = read_values(self.path, self._version, dtype, tensor.size, start)
         strides = [stride * dtype.itemsize for stride in tensor.strides]
         if not tensor.size:
             return values.reshape(tensor.shape)

@@ -113,6 +113,19 @@ def test_a_repository_that_is_no_model_is_refused_before_any_weights(
     assert all(name.endswith(".json") for name in hub.downloads())
 
 
+def test_a_path_that_is_mistyped_is_not_only_a_hub_s_affair(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for status in (200, 503):
+        hub.status = status
+        with pytest.raises(DownloadError, match=r"Nor is there a folder or file runs/my-emoj here"):
+            open_checkpoint("runs/my-emoj")
+    asked = len(hub.requests)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match="no runs/my-emoj, but a folder runs: so no hub is"):
+        open_checkpoint("runs/my-emoj")
+    assert len(hub.requests) == asked
+
+
 def test_a_preset_s_parts_are_fetched_when_they_are_used(hub, monkeypatch):
     files = {part: HubFile("a/b", f"{part}.h5") for part in PARTS}
     hub.repositories["a/b"] = {file.name: part.encode() for part, file in files.items()}

@@ -132,6 +132,30 @@ def test_single_files_load(tmp_path, tiny_weights, text, kind):
     check(checkpoint, tiny_weights)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy", "h5"])
+def test_a_file_that_another_replaced_is_not_read(tmp_path, tiny_weights, h5_at_once, kind):
+    path = tmp_path / "decoder"
+
+    def write():
+        if kind == "h5":
+            rows = layouts.keras_weights(tiny_weights["vae"], layouts.keras_decoder())
+            layouts.write_h5(path, rows, functional=False)
+        elif kind == "safetensors":
+            save_safetensors(tiny_weights["vae"], path)
+        else:
+            layouts.write_ckpt(path, tiny_weights["vae"], old=kind == "legacy")
+
+    write()
+    checkpoint = open_checkpoint({"decoder": path}, config=TINY)
+    variables = layouts.variables("decoder", tiny_weights["vae"])
+    path.rename(tmp_path / "before")
+    write()
+    assert path.stat().st_size == (tmp_path / "before").stat().st_size
+    with pytest.raises(CheckpointError, match=r"decoder has changed .* Open the model again"):
+        checkpoint.match("decoder", variables)[0].read()
+    check(open_checkpoint({"decoder": path}, config=TINY), tiny_weights, ["decoder"])
+
+
 def test_old_text_encoder_names_load(tmp_path, tiny_weights):
     tensors = {
         name.replace("transformer.text_model.", "transformer."): tensor
@@ -176,6 +200,27 @@ def test_another_autoencoder_is_laid_over(tmp_path, tiny_weights, tiny_model, pr
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no diffusion_pytorch_model"):
         open_checkpoint(tiny_model, vae=folder)
+
+
+def test_another_autoencoder_has_its_own_scale(tmp_path, tiny_model, tiny_folder):
+    folder = tiny_folder / "vae"
+    file = tiny_folder / FILES["vae"]
+    config = json.loads((folder / "config.json").read_text())
+
+    def opened(vae, **said):
+        (folder / "config.json").write_text(json.dumps(config | said))
+        return open_checkpoint(tiny_model, vae=vae).config
+
+    other = replace(TINY, autoencoder=replace(TINY.autoencoder, scale=0.5))
+    assert opened(folder, scaling_factor=0.5) == opened(file, scaling_factor=0.5) == other
+    assert opened(file.rename(folder / "alone"), scaling_factor=0.5) == TINY
+    (folder / "alone").rename(file)
+    deeper = {key: config[key] * 2 for key in config if isinstance(config[key], list)}
+    for said in ({"latent_channels": 8}, deeper):
+        with pytest.raises(CheckpointError, match=r"config\.json: its latents .* needs 4 and 2"):
+            opened(folder, **said)
+    with pytest.raises(CheckpointError, match=r"config\.json: shift_factor = 0\.1 is not"):
+        opened(folder, shift_factor=0.1)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
@@ -285,8 +330,10 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weig
     path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     assert prediction() == "v"
     assert prediction(prediction="epsilon") == "epsilon"
-    save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": "epsilon"})
-    assert prediction() == "epsilon"  # the file itself before what lies beside it
+    # The file itself comes before what lies beside it, in ModelSpec's words or in diffusers'.
+    for said, expected in (("v", "v"), ("v_prediction", "v"), ("epsilon", "epsilon")):
+        save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": said})
+        assert prediction() == expected
     with pytest.raises(ValueError, match="'epsilon' or 'v', not 'sample'"):
         prediction(prediction="sample")
 
@@ -299,9 +346,13 @@ def test_an_assumed_prediction_is_said(tmp_path, tiny_weights, caplog):
         assert caplog.text.count("taken as epsilon") == said
 
 
-def test_a_config_is_only_for_files_without_one(tiny_model):
-    with pytest.raises(ValueError, match="has a config of its own"):
-        open_checkpoint(tiny_model, config=SD_1)
+@pytest.mark.parametrize("source", ["emoji", "sd-v1-4-keras", "someone/model", "folder", "opened"])
+def test_a_config_is_only_for_files_without_one(tiny_model, source):
+    opened = open_checkpoint(tiny_model)
+    source = {"folder": tiny_model, "opened": opened}.get(source, source)
+    for config in (TINY, replace(TINY, guidance=1.0)):
+        with pytest.raises(ValueError, match=r"`config` means nothing for .* without a config"):
+            open_checkpoint(source, config=config)
 
 
 def wrong(tmp_path, content):

@@ -13,6 +13,7 @@ from stable_diffusion_tf import pipeline
 from stable_diffusion_tf.checkpoints import save as checkpoints_save
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
+from stable_diffusion_tf.checkpoints.readers import SafetensorsFile
 from stable_diffusion_tf.checkpoints.save import check_target, convert, save, write_file
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 from stable_diffusion_tf.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ def models(tiny_folder):
 
 
 def test_what_is_saved_is_what_was_loaded(tmp_path, models, tiny_weights):
-    save(models, tmp_path / "saved", dtype="float32")
+    save(models, tmp_path / "saved")
 
     assert open_checkpoint(tmp_path / "saved").config == models.config
     for part, file in FILES.items():
@@ -66,7 +67,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, model
     bias = models.decoder.get_layer("decoder.conv_in").bias
     bias.assign(np.full(bias.shape, 1e6))
     with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias .* not finite in float16"):
-        save(models, tmp_path / "saved")
+        save(models, tmp_path / "saved", dtype="float16")
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -107,6 +108,8 @@ def test_one_file_is_read_again(tmp_path, models, prediction):
         tmp_path / "saved.safetensors",
         dtype="float32",
     )
+    metadata = SafetensorsFile(tmp_path / "saved.safetensors").metadata
+    assert metadata["modelspec.prediction_type"] == prediction
     checkpoint = open_checkpoint(tmp_path / "saved.safetensors", config=TINY_2)
     assert checkpoint.config.schedule.prediction == prediction
     for part in ("text_encoder", "encoder", "decoder"):
