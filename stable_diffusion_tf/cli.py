@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,11 +17,11 @@ import numpy as np
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
 from stable_diffusion_tf.repeat import (
-    HASHES,
+    ChangedError,
     Like,
     changed,
     check_inputs,
-    check_model,
+    check_network,
     given,
     setting,
     take_settings,
@@ -282,15 +282,24 @@ def generate(
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with quiet_import():
             from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
+            from stable_diffusion_tf.checkpoints.fit import watched
             from stable_diffusion_tf.checkpoints.hub import sha256
             from stable_diffusion_tf.pipeline import StableDiffusion
 
         if taken(context, "weights") and is_on_hub(weights):
             click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
         checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
+        facts = {"version": installed_version(), "model": checkpoint.config.name}
+        hashed = cache(sha256)  # for networks that share a file, of gigabytes
+
+        def note(part: str, files: list[Path]) -> None:
+            facts[f"{part}_sha256"] = its_hash = hashed(*files)
+            if like is not None:
+                check_network(context, like, part, its_hash)
+
         width, height = size or (None, None)
         sd = StableDiffusion.from_pretrained(
-            checkpoint,
+            watched(checkpoint, note),
             img_height=height,
             img_width=width,
             dtype=dtype,
@@ -315,31 +324,16 @@ def generate(
             "jit_compile": jit_compile,
             "engine": engine,
         }
-        facts = {"version": installed_version(), "model": sd.config.name}
-
-        @cache  # it may be a file of gigabytes
-        def file_hash(name):
-            """Of the file that --weights or --vae has for the network that such differ in."""
-            part, network = {
-                "weights": ("unet", "diffusion_model"),
-                "vae": ("decoder", "image_decoder"),
-            }[name]
-            (match, *_) = checkpoint.match(part, getattr(sd, network).weights)
-            return sha256(match.file.path)[:10]
-
         for name in ("input_image", "input_mask"):
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
-        models = [name for name in HASHES if context.params[name] is not None]
-        for name in filter(partial(taken, context), models):
-            check_model(context, like, name, file_hash(name))
     drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
         for prompt, seeds in zip(prompts, batches, strict=True):
             pictures = sd.generate(
                 prompt, batch_size=len(seeds), seed=seeds, progress=not quiet, **drawing
             )
-            facts |= {HASHES[name]: file_hash(name) for name in models} | {"batch_seeds": seeds}
+            facts["batch_seeds"] = seeds
             for picture, its_seed in zip(pictures, seeds, strict=True):
                 if its_seed not in wanted:
                     continue
@@ -577,7 +571,8 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         NotImplementedError,
         FloatingPointError,
     ) as error:
-        if drawing() and not isinstance(error, CheckpointError | OSError | FloatingPointError):
+        mendable = CheckpointError | ChangedError | OSError | FloatingPointError
+        if drawing() and not isinstance(error, mendable):
             raise
         click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(2)

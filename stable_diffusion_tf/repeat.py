@@ -17,7 +17,10 @@ from stable_diffusion_tf.images import MAX_PIXELS, read_png_text
 from stable_diffusion_tf.settings import read_settings
 
 PATHS = ("weights", "vae", "input_image", "input_mask")
-HASHES = {"weights": "model_hash", "vae": "vae_hash"}  # settings that name models, and their facts
+
+
+class ChangedError(ValueError):
+    """What a picture was drawn with is gone, or another by now."""
 
 
 class Setting(click.Option):
@@ -76,7 +79,7 @@ def changed(context: click.Context) -> bool:
 
 
 def check_inputs(context: click.Context, like: Like) -> None:
-    """Raises ValueError if the pictures that it was drawn over are gone or others by now."""
+    """Raises ChangedError if the pictures that it was drawn over are gone or others by now."""
     for name in filter(partial(taken, context), ("input_image", "input_mask")):
         path = Path(context.params[name])
         if not path.is_file():
@@ -85,18 +88,21 @@ def check_inputs(context: click.Context, like: Like) -> None:
             state = "is another one now"
         else:
             continue
-        raise ValueError(
+        raise ChangedError(
             f"{like.path} cannot be drawn again: its {name} {str(path)!r} {state}; give one with "
             f"{_options(context)[name].opts[0]}."
         )
 
 
-def check_model(context: click.Context, like: Like, name: str, its_hash: str) -> None:
-    """Raises ValueError if the model that its setting `name` stands for is another by now."""
-    if its_hash != like.facts.get(HASHES[name]):
-        raise ValueError(
-            f"{like.path} cannot be drawn again: {context.params[name]} is another model now, "
-            f"whose hash is {its_hash}; give one with {_options(context)[name].opts[0]}."
+def check_network(context: click.Context, like: Like, part: str, its_hash: str) -> None:
+    """Raises ChangedError if a network that its settings name is another by now."""
+    autoencoder = part in ("encoder", "decoder")
+    name = "vae" if autoencoder and context.params["vae"] is not None else "weights"
+    # A network that the picture did not take, such as the encoder, has no hash there.
+    if taken(context, name) and like.facts.get(f"{part}_sha256", its_hash) != its_hash:
+        raise ChangedError(
+            f"{like.path} cannot be drawn again: the {part} of {context.params[name]} is another "
+            f"now, whose hash is {its_hash[:10]}; give one with {_options(context)[name].opts[0]}."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 KEYWORD = "stable_diffusion_tf"  # of the exact text; that for other programs is `parameters`
 FACTS = "facts"  # beside the settings: what was so when it was drawn
+SHOWN = 10  # hexadecimal digits of a hash, as elsewhere
 
 # Our samplers by the names that A1111's web UI gives them; it has no others of ours.
 A1111_SAMPLERS = {
@@ -34,7 +35,8 @@ def png_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
         settings: all that it takes to draw it again, by parameter: "prompt" and "seed", the rest of
             `generate`'s, and the model's "weights", "vae", "prediction", "dtype", "jit_compile",
             "engine" and "size", as "WIDTHxHEIGHT". Values are text, numbers, booleans or None.
-        facts: what shows whether it still can be: "version", "model", "model_hash", …
+        facts: what shows whether it still can be: "version", "model", "unet_sha256" and the like of
+            the other networks that it took, …
 
     Returns:
         `stable_diffusion_tf`, all of it exactly, as JSON; and `parameters` in the form of A1111's
@@ -86,9 +88,9 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "CFG scale": settings["unconditional_guidance_scale"],
         "Seed": settings["seed"],
         "Size": settings["size"],
-        "Model hash": facts["model_hash"],
+        "Model hash": facts["unet_sha256"][:SHOWN],
         "Model": facts["model"],
-        "VAE hash": facts.get("vae_hash"),
+        "VAE hash": settings["vae"] and facts["decoder_sha256"][:SHOWN],
         "VAE": settings["vae"] and PurePath(settings["vae"]).name,
         "Denoising strength": settings["input_image_strength"] if drawn_over else None,
         "Mask": settings["input_mask"] and PurePath(settings["input_mask"]).name,

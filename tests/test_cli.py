@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny import FILES
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
+from stable_diffusion_tf.checkpoints import hub
+from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.cli import main, quiet_import, slug
 from stable_diffusion_tf.images import free_path, save_png
 from stable_diffusion_tf.repeat import Setting
@@ -83,8 +86,10 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
     made = json.loads(text["stable_diffusion_tf"])
     seed = made["seed"]
     assert f"seed {seed}\n" in first.stderr
-    unet = tiny_model / "unet" / "diffusion_pytorch_model.safetensors"
-    model_hash = hashlib.sha256(unet.read_bytes()).hexdigest()[:10]
+    hashes = {
+        part: hashlib.sha256((tiny_model / file).read_bytes()).hexdigest()
+        for part, file in FILES.items()
+    }
     assert made == {
         "prompt": "a (cat)",
         "seed": seed,
@@ -112,7 +117,9 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
         "facts": {
             "version": version("stable-diffusion-tf"),
             "model": "tiny",
-            "model_hash": model_hash,
+            "text_encoder_sha256": hashes["text_encoder"],
+            "unet_sha256": hashes["unet"],
+            "decoder_sha256": hashes["vae"],
             "batch_seeds": [seed - 1, seed],
         },
     }
@@ -121,7 +128,39 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
         f"Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: {seed}, "
         in text["parameters"]
     )
+    model_hash = hashes["unet"][:10]
     assert f"Model hash: {model_hash}, Model: tiny, Clip skip: 2, " in text["parameters"]
+
+
+def test_what_is_used_is_hashed_once_and_before_the_first_picture(sdtf, tiny_model, monkeypatch):
+    events = []
+    computed, drawn = hub._hash, StableDiffusion._pictures
+    monkeypatch.setattr(
+        hub, "_hash", lambda path, **like: events.append(path) or computed(path, **like)
+    )
+    monkeypatch.setattr(
+        StableDiffusion, "_pictures", lambda *given: events.append("drawn") or drawn(*given)
+    )
+    Image.new("RGB", (32, 32)).save("photo.png")
+    sdtf("a cat", "a dog", "--image", "photo.png", "--steps", "2")
+    files = [Path("photo.png"), *(tiny_model / file for file in FILES.values())]
+    assert events == [*files, "drawn", "drawn"]
+
+
+def test_shards_are_hashed_and_not_their_index(sdtf, tiny_folder, tiny_weights):
+    path = tiny_folder / FILES["unet"]
+    places = {name: f"shard{i % 2}" for i, name in enumerate(tiny_weights["unet"])}
+    path.unlink()
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": places}))
+    made = set()
+    for sign in (1, -1):  # two models with the same index
+        for shard in sorted(set(places.values())):
+            held = [name for name in places if places[name] == shard]
+            tensors = {name: sign * tiny_weights["unet"][name] for name in held}
+            save_safetensors(tensors, path.with_name(shard))
+        picture = sdtf("a cat", "--steps", "1", "--quiet", weights=tiny_folder).stdout.strip()
+        made.add(json.loads(text_of(picture)["stable_diffusion_tf"])["facts"]["unet_sha256"])
+    assert len(made) == 2
 
 
 def test_settings_are_named_as_the_api_s_parameters():

@@ -1,5 +1,6 @@
 """`sdtf generate --like` and `sdtf info`: pictures drawn again by what their PNGs say."""
 
+import hashlib
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tiny import FILES
 
 from stable_diffusion_tf import StableDiffusion, images
 from stable_diffusion_tf.cli import main
@@ -120,7 +122,8 @@ class TestWhatCannotBeRepeated:
             ({"schedule": "karras"}, "schedule 'karras' does not apply"),
             ({"facts": {"batch_seeds": "many"}}, "is damaged"),
             ({"facts": {"batch_seeds": []}}, "is damaged"),
-            ({"facts": {"model_hash": "0123456789"}}, "is another model now, whose hash is"),
+            ({"facts": {"unet_sha256": "0123456789"}}, "is another now, whose hash is"),
+            ({"facts": {"decoder_sha256": [7]}}, "is another now, whose hash is"),
             ({"weights": "emojis"}, "Unknown weights 'emojis'"),
             ({"weights": "/dev/zero"}, "is no regular file"),
             ({"weights": "\\\\evil\\share\\model"}, "is on another computer"),
@@ -159,17 +162,39 @@ class TestWhatCannotBeRepeated:
         result = sdtf("--like", first, "--image", "moved.png", "--quiet", weights=None)
         assert same(first, result.stdout.strip())
 
-    def test_a_picture_drawn_with_another_autoencoder(self, sdtf, tiny_folder):
-        vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
-        first = sdtf("a cat", "--vae", str(vae), *FAST).stdout.strip()
+    @pytest.mark.parametrize(
+        ("changed", "part", "another", "option"),
+        [
+            ("text_encoder", "text_encoder", False, "--weights"),
+            ("unet", "unet", False, "--weights"),
+            ("vae", "decoder", False, "--weights"),
+            ("vae", "decoder", True, "--vae"),
+        ],
+    )
+    def test_a_picture_of_a_model_that_is_another_now(
+        self, sdtf, tiny_folder, tiny_model, changed, part, another, option
+    ):
+        path = tiny_folder / FILES[changed]
+        weights = tiny_model if another else tiny_folder
+        vae = ("--vae", str(path)) if another else ()
+        first = sdtf("a cat", *vae, *FAST, weights=weights).stdout.strip()
         assert same(first, sdtf("--like", first, "--quiet", weights=None).stdout.strip())
-        tensors = load_file(vae)
-        save_file({name: -values for name, values in tensors.items()}, vae)
+        save_file({name: -values for name, values in load_file(path).items()}, path)
         result = sdtf("--like", first, "--quiet", weights=None)
-        assert result.stderr.startswith(
-            f"Error: {first} cannot be drawn again: {vae} is another model now, whose hash is "
+        assert result.exit_code == 2
+        its_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+        assert result.stderr == (
+            f"Error: {first} cannot be drawn again: the {part} of {path if another else weights} "
+            f"is another now, whose hash is {its_hash}; give one with {option}.\n"
         )
-        assert result.stderr.endswith("; give one with --vae.\n")
+        given = (option, str(path if another else weights))
+        assert sdtf("--like", first, *given, "--quiet", weights=None).exit_code == 0
+
+    def test_only_networks_that_it_took_are_compared(self, sdtf, cat):
+        Image.new("RGB", (32, 32)).save("photo.png")
+        result = sdtf("--like", cat, "--image", "photo.png", "--quiet", weights=None)
+        assert result.exit_code == 0, result.output
+        assert "encoder_sha256" in made(result.stdout.strip())["facts"]
 
     def test_a_picture_without_settings(self, sdtf):
         images.save_png(np.zeros((2, 2, 3), np.uint8), "other.png", {"parameters": "a cat"})

@@ -33,7 +33,8 @@ SETTINGS = {
 FACTS = {
     "version": "0.1.0",
     "model": "some-model",
-    "model_hash": "0123456789",
+    "unet_sha256": "0123456789abcdef" * 4,
+    "decoder_sha256": "fedcba9876543210" * 4,
     "batch_seeds": [6, 7],
 }
 
@@ -87,6 +88,7 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "Size": "512x768",
         "Model hash": "0123456789",
         "Model": "a, b: c",
+        "VAE hash": "fedcba9876",
         "VAE": "vae.safetensors",
         "Denoising strength": "0.6",
         "Mask": 'a "b", c.png',

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, TensorFile
+from stable_diffusion_tf.checkpoints.tensors import stored_in
 from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
@@ -169,6 +172,20 @@ class Checkpoint:
                 "holds it."
             )
         return self.parts[part](variables)
+
+
+def watched(checkpoint: Checkpoint, tell: Callable[[str, list[Path]], None]) -> Checkpoint:
+    """The same, which tells the files of a network, `tell(part, paths)`, before they are read.
+
+    An index of shards is none of them: models that differ may have the same.
+    """
+
+    def match(part: str, variables: Sequence[Any]) -> list[Match]:
+        matches = checkpoint.match(part, variables)
+        tell(part, list(dict.fromkeys(path for match in matches for path in stored_in(match.file))))
+        return matches
+
+    return replace(checkpoint, parts={part: partial(match, part) for part in checkpoint.parts})
 
 
 def misfit(file: TensorFile, name: str, needed: tuple[int, ...]) -> list[str]:

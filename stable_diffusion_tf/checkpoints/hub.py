@@ -108,8 +108,13 @@ def is_whole(file: HubFile, path: Path) -> bool | None:
     return None if expected is None else _hash(path, expected) == expected
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal: of a large one in the cache as its link says, or computed."""
+def sha256(path: Path, *others: Path) -> str:
+    """SHA-256 of a file, hexadecimal: of a large one in the cache as its link says, or computed.
+
+    That of several files is the hash of theirs, one after the other.
+    """
+    if others:
+        return hashlib.sha256("".join(map(sha256, (path, *others))).encode()).hexdigest()
     stored = _target(path)
     if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", stored.name) and _in_cache(stored):
         return stored.name

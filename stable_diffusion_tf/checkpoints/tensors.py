@@ -23,6 +23,10 @@ MAGIC = {H5_MAGIC: H5File, b"PK\x03\x04": TorchFile, b"\x80": TorchFile}
 class ShardedFile:
     """Several files of weights under one index in JSON (`*.index.json`), as one.
 
+    Attributes:
+        path: the index.
+        shards: the files.
+
     Raises:
         FileNotFoundError: the index or a shard is not there.
         CheckpointError: the index and its shards disagree; or a shard is damaged.
@@ -37,6 +41,7 @@ class ShardedFile:
             if shard != Path(shard).name or "\\" in shard:
                 raise CheckpointError(f"{self.path}: {shard!r} is not a file beside the index.")
         shards = {s: _open_one(self.path.parent / s) for s in sorted(set(places.values()))}
+        self.shards = tuple(shards.values())
         self._places = {name: shards[shard] for name, shard in places.items()}
 
         held = {(name, shard) for shard, file in shards.items() for name in file.names}
@@ -72,6 +77,11 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     start = _first_bytes(path)
     is_index = start.lstrip().startswith(b"{") and b"\0" not in start
     return ShardedFile(path) if is_index else _open_one(path)
+
+
+def stored_in(file: TensorFile) -> list[Path]:
+    """Where the tensors are: in the file itself, or in its shards."""
+    return [one.path for one in (file.shards if isinstance(file, ShardedFile) else [file])]
 
 
 def _open_one(path: Path) -> TensorFile:
