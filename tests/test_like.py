@@ -219,7 +219,7 @@ class TestInfo:
     def test_prints_what_was_stored(self, cat):
         result = info(cat)
         assert result.exit_code == 0
-        assert result.stdout.startswith("a cat\nSteps: 2, Sampler: DDIM, CFG scale: 3, Seed: ")
+        assert result.stdout.startswith("a cat\nSteps: 2, Sampler: DDIM, Schedule type: ")
         assert json.loads(info(cat, "--json").stdout) == made(cat)
 
     def test_reads_other_programs_pictures_and_lets_none_steer_the_terminal(self, sdtf):
