@@ -36,6 +36,14 @@ def check_clip_skip(clip_skip: Any, layers: int) -> None:
         )
 
 
+def check_reuse(reuse: Any) -> None:
+    if not (_whole(reuse) and reuse >= 1):
+        raise ValueError(
+            "reuse must be a whole number, 1 or more: the whole network runs at every call, every "
+            f"2nd, …; not {reuse!r}"
+        )
+
+
 def number(
     name: str,
     value: Any,

@@ -117,6 +117,14 @@ def main() -> None:
     "--steps", "num_steps", default=25, show_default=True, help="Denoising steps; more is slower."
 )
 @setting(
+    "--reuse",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Run the whole network every N steps, only its shallow part between; 2 or 3 is faster, "
+    "less exact.",
+)
+@setting(
     "--guidance",
     "unconditional_guidance_scale",
     type=float,

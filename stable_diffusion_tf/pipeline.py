@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 from tqdm import tqdm
 
 from stable_diffusion_tf import arguments
@@ -20,6 +20,7 @@ from stable_diffusion_tf.compile import compiler
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.denoiser import add_noise, denoiser
 from stable_diffusion_tf.diffusion.inpainting import repainting
+from stable_diffusion_tf.diffusion.reuse import reusing
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
     ImageSource,
@@ -322,6 +323,7 @@ class StableDiffusion:
         context: Any = None,
         negative_context: Any = None,
         clip_skip: int = 1,
+        reuse: int = 1,
         emphasis: bool = True,
         rng: Literal["numpy", "torch"] = "numpy",
         diffusion_noise: Any = None,
@@ -371,6 +373,10 @@ class StableDiffusion:
                 or those of several chunks.
             negative_context: the same instead of a negative prompt.
             clip_skip: 1, the text encoder as it is; 2, without its last layer; and so on.
+            reuse: n: the whole UNet runs at the first of every n calls, and between them only its
+                shallow rest, on the deep features of that call (DeepCache: Ma et al. 2023,
+                arXiv:2312.00858): faster, and the pictures differ. A step is a call; to "heun",
+                two. 1: all calls are whole.
             emphasis: whether brackets and BREAK in prompts have a meaning, or all is text.
             rng: whose random numbers the seed stands for: "numpy", or "torch", with which it is the
                 seed of a `torch.Generator` on the CPU, one a picture.
@@ -411,6 +417,7 @@ class StableDiffusion:
         )
         arguments.check_choice("output", output, OUTPUTS)
         arguments.check_clip_skip(clip_skip, self.config.text_encoder.layers)
+        arguments.check_reuse(reuse)
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
         images = arguments.sources("input_image", input_image)
         masks = arguments.sources("input_mask", input_mask)
@@ -474,9 +481,13 @@ class StableDiffusion:
             if guidance is not None:
                 negatives = _repeated(states[len(positive) :], count), *task.channels
 
+            network = self._denoise
+            if reuse > 1:
+                network = reusing(self._denoise_keeping, self._denoise_reusing, reuse)
+
             def denoise(x, step):
                 step = Step(*map(_tensor, step))
-                return self._denoise(x, step, contexts, negatives, guidance, rescale)
+                return network(x, step, contexts, negatives, guidance, rescale)
 
             bar.set_description("Denoising")
             drawn = task.sample(denoise, task.start, levels, noise, **options)
@@ -703,16 +714,34 @@ class StableDiffusion:
 
     @_once
     def _denoise(self) -> Callable:
-        unet, prediction = self.diffusion_model, self.config.schedule.prediction
+        return self._denoiser(self.diffusion_model)
 
-        def denoise(x, step, context, negative_context, guidance, rescale):
+    @_once
+    def _denoise_keeping(self) -> Callable:
+        return self._denoiser(self.diffusion_model.keeping())
+
+    @_once
+    def _denoise_reusing(self) -> Callable:
+        return self._denoiser(self.diffusion_model.reusing())
+
+    def _denoiser(self, unet: keras.Model) -> Callable:
+        """`denoise(x, step, …, *deep)` -> x0; of a network that keeps deep features, those too."""
+        prediction = self.config.schedule.prediction
+
+        def denoise(x, step, context, negative_context, guidance, rescale, *deep):
+            kept = []
+
             def network(latents, timesteps, context):
                 states, *channels = context
-                return unet([ops.concatenate([latents, *channels], -1), timesteps, states])
+                latents = ops.concatenate([latents, *channels], -1)
+                output, *kept[:] = tree.flatten(unet([latents, timesteps, states, *deep]))
+                return output
 
-            return denoiser(network, prediction, context, negative_context, guidance, rescale)(
+            x0 = denoiser(network, prediction, context, negative_context, guidance, rescale)(
                 x, step
             )
+            # In float32, exactly: engines pass no bfloat16 on.
+            return (x0, *(ops.cast(x, "float32") for x in kept)) if kept else x0
 
         return self._compile(denoise, unet.variables)
 

@@ -96,6 +96,7 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "Mask": settings["input_mask"] and PurePath(settings["input_mask"]).name,
         "Mask feather": settings["mask_feather"] or None,
         "Clip skip": settings["clip_skip"] if settings["clip_skip"] > 1 else None,
+        "Feature reuse": settings["reuse"] if settings["reuse"] > 1 else None,
         "RNG": "CPU" if settings["rng"] == "torch" else None,  # A1111's name of that generator
         "Emphasis": None if settings["emphasis"] else "None",
         "Eta DDIM": settings["eta"] or None,

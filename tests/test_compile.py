@@ -41,10 +41,11 @@ def drawn(sd, prompt="a red apple", **settings):
         {"unconditional_guidance_scale": 1},
         {"guidance_rescale": 0.7, "sampler": "euler", "batch_size": 2},
         {"prompt": "cat " * 80, "clip_skip": 2, "sampler": "dpmpp_2m"},
+        {"reuse": 2},
         {"input_image": PHOTO},
         {"input_image": PHOTO, "input_mask": MASK, "input_image_strength": 1},
     ],
-    ids=["guided", "unguided", "batch", "chunks", "image", "mask"],
+    ids=["guided", "unguided", "batch", "chunks", "reuse", "image", "mask"],
 )
 def test_an_engine_draws_the_backends_pictures(engines, settings):
     expected, found = (drawn(sd, **settings) for sd in engines)
@@ -70,6 +71,8 @@ def test_an_engine_computes_in_the_dtype(engines, tiny_model, dtype):
     difference = drawn(sd) - drawn(engines[0])
     signal_to_noise = -10 * np.log10((difference**2).mean())
     assert 25 < signal_to_noise < (60 if "bfloat16" in dtype else 100)
+    found, expected = (drawn(one, reuse=3, output="latents") for one in (sd, engines[0]))
+    assert synth.relative_error(found, expected) < 0.05
 
 
 def test_timesteps_stay_exact_in_bfloat16(tiny_model):

@@ -54,7 +54,7 @@ class TestRepeating:
         Image.new("L", (20, 14), 255).save("mask.png")
         first = sdtf(
             "a (cat) 🍎", "a [dog]", "--negative", "blue", "--literal", "--clip-skip", "2",
-            "--steps", "4", "--guidance", "2.5", "--rng", "torch", "--batch", "3",
+            "--steps", "4", "--reuse", "2", "--guidance", "2.5", "--rng", "torch", "--batch", "3",
             "--size", "20x14", "--sampler", "dpmpp_2m_sde", "--karras", "--rescale", "0.3",
             "--image", "photo.png", "--mask", "mask.png", "--strength", "0.7", "--feather", "2",
             "--quiet",

@@ -254,6 +254,74 @@ def test_the_embedded_model_draws_over_pictures():
     np.testing.assert_array_equal(draw(1, 2, input_mask=mask)[~mask], disc[~mask])
 
 
+@pytest.fixture
+def evaluations(small, monkeypatch):
+    """The model, and by which of its networks it has been called, the latest last."""
+    seen = []
+
+    def spied(name, original):
+        return lambda *args: seen.append(name) or original(*args)
+
+    for name in ("_denoise", "_denoise_keeping", "_denoise_reusing"):
+        monkeypatch.setitem(small.__dict__, name, spied(name, getattr(small, name)))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole", "shallow"),
+    [
+        ({}, 3, 4),
+        ({"sampler": "heun"}, 5, 8),
+        ({"sampler": "pndm"}, 3, 5),
+        ({"unconditional_guidance_scale": 1}, 3, 4),
+        ({"batch_size": 2, "guidance_rescale": 0.7}, 3, 4),
+        ({"input_image": np.ones((4, 4, 3)), "input_image_strength": 0.8}, 2, 3),
+    ],
+)
+def test_features_are_computed_at_every_nth_call_and_reused_between(
+    small, evaluations, settings, whole, shallow
+):
+    settings = {"num_steps": 7, "seed": 0, **settings}
+    expected = latents(small, PROMPT, **settings)
+    assert evaluations == ["_denoise"] * (whole + shallow)
+    evaluations.clear()
+    np.testing.assert_array_equal(latents(small, PROMPT, reuse=1, **settings), expected)
+    assert set(evaluations) == {"_denoise"}
+    evaluations.clear()
+    found = latents(small, PROMPT, reuse=3, **settings)
+    calls = whole + shallow
+    assert evaluations == [f"_denoise_{'reusing' if i % 3 else 'keeping'}" for i in range(calls)]
+    assert evaluations.count("_denoise_keeping") == whole
+    assert 1e-6 < synth.relative_error(found, expected) < 0.5
+
+
+def test_features_of_the_same_step_draw_the_same_picture(sd, monkeypatch):
+    """Every call twice, at the same latents: first whole, then on the features of that."""
+    ddim = SAMPLERS["ddim"].sample
+
+    def twice(denoise, *args, **options):
+        return ddim(lambda *at: (denoise(*at), denoise(*at))[1], *args, **options)
+
+    settings = {"num_steps": 3, "batch_size": 2, "seed": 0}
+    expected = latents(sd, PROMPT, "blue", **settings)
+    monkeypatch.setitem(SAMPLERS, "ddim", replace(SAMPLERS["ddim"], sample=twice))
+    found = latents(sd, PROMPT, "blue", reuse=2, **settings)
+    assert synth.relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_reuse_goes_with_inpainting(small, inpainting, strength):
+    for sd in (small, inpainting):
+        shape = sd.img_height, sd.img_width
+        mask = np.zeros(shape, bool)
+        mask[3:9, 2:7] = True
+        photo = np.random.default_rng(0).random((*shape, 3))
+        settings = {"input_image": photo, "input_mask": mask, "input_image_strength": strength}
+        settings |= {"num_steps": 6, "seed": 0}
+        found, expected = (latents(sd, PROMPT, reuse=n, **settings) for n in (2, 1))
+        assert 1e-6 < synth.relative_error(found, expected) < 0.5
+
+
 def test_nothing_but_another_shape_compiles_again(tiny_model, monkeypatch):
     traces = []
 
@@ -686,6 +754,7 @@ def test_threads_share_a_model(tiny_model, photo):
         {"prompt": "a red apple"},
         {"prompt": "a blue cat", "clip_skip": 2},
         {"prompt": "a house", "input_image": photo},
+        *({"prompt": "a pear", "reuse": n} for n in (2, 3)),
         {"prompt": "a leaf", "callback": lambda step, total, preview: np.asarray(preview)},
     ]
     settings = {"num_steps": 3, "output": "float", "progress": False}
@@ -765,6 +834,8 @@ WRONG = [
     ((PROMPT,), {"rng": "cuda"}, ValueError, "unknown rng 'cuda'; known: numpy, torch"),
     ((PROMPT,), {"clip_skip": 0}, ValueError, "clip_skip must be a whole number from 1 to 3"),
     ((PROMPT,), {"clip_skip": 4}, ValueError, "clip_skip must be .* not 4"),
+    ((PROMPT,), {"reuse": 0}, ValueError, "reuse must be a whole number, 1 or more: .* not 0"),
+    ((PROMPT,), {"reuse": 2.0}, ValueError, "reuse must be a whole number"),
     ((None,), {"context": np.zeros((77, 16))}, ValueError, r"context .* \(N, 32\) or \(n, N, 32"),
     ((None,), {"context": np.zeros((78, 32))}, ValueError, "a multiple of 77 of them, not 78"),
     ((None,), {"context": np.zeros((0, 77, 32))}, ValueError, r"not \(0, 77, 32\)"),

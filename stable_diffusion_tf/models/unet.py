@@ -67,7 +67,8 @@ class UNet(keras.Model):
             for level in reversed(levels):
                 width, prefix = config.widths[level], f"up_blocks.{last - level}"
                 for i in range(config.resnets + 1):
-                    x = ops.concatenate([x, skips.pop()], axis=-1)
+                    deep = x  # in the end, what the last of these blocks reads
+                    x = ops.concatenate([deep, skips.pop()], axis=-1)
                     x = block(x, width, prefix, i, level, config.attention[level])
                 if level != 0:
                     x = upsample(x, f"{prefix}.upsamplers.0", like=skips[-1])
@@ -76,6 +77,23 @@ class UNet(keras.Model):
             x = conv(x, config.out_channels, "conv_out")
         super().__init__([latents, timesteps, context], x, name=name)
         self.config = config
+        self.deep = deep
+
+    def keeping(self) -> keras.Model:
+        """The same network, its layers and weights, giving [prediction, deep features].
+
+        The features (B, h, w, channels) are all that its last block reads of the blocks before.
+        They change slowly from step to step (DeepCache: Ma et al. 2023, arXiv:2312.00858).
+        """
+        return keras.Model(self.inputs, [self.outputs[0], self.deep])
+
+    def reusing(self) -> keras.Model:
+        """The shallow rest of it: [latents, timesteps, context, deep features] -> prediction.
+
+        Of these layers and weights, it runs the first convolution, the last block and what follows:
+        8% of Stable Diffusion 1.x's multiplications at 512x512.
+        """
+        return keras.Model([*self.inputs, self.deep], self.outputs[0])
 
 
 class Sinusoids(layers.Layer):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from tiny import TINY
 
 from stable_diffusion_tf.models import UNet
@@ -70,3 +71,29 @@ def deep():
 @pytest.mark.parametrize("size", [(1, 3), (5, 7), (6, 9), (8, 4)])
 def test_the_output_has_the_size_of_the_input(deep, size):
     assert deep(inputs(np.array([1.0, 2.0], np.float32), *size)).shape == (2, *size, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("config", [DEEP, replace(TINY.unet, widths=(32,)), TINY.unet])
+def test_the_shallow_rest_of_the_same_inputs_says_the_same(config, dtype):
+    unet = UNet(config, dtype)
+    keeping, reusing = unet.keeping(), unet.reusing()
+    given = [ops.convert_to_tensor(x) for x in inputs(np.array([981, 957.375], np.float32), 5, 7)]
+    expected = unet(given)
+    found, deep = keeping(given)
+    assert deep.shape == (2, 5, 7, 32)
+    without = reusing([*given, 0 * deep])
+    errors = [
+        abs(ops.convert_to_numpy(ops.cast(prediction - expected, "float32"))).max()
+        for prediction in (found, reusing([*given, deep]), without)
+    ]
+    assert max(errors[:2]) <= 1e-5 < 1e-3 < errors[2]
+
+
+def test_the_shallow_rest_has_no_weights_of_its_own(deep):
+    blocks = ("conv_in", "time_embedding", "up_blocks.2.resnets.1", "up_blocks.2.attentions.1")
+    blocks += ("conv_norm_out", "conv_out")
+    expected = [v for v in deep.variables if v.path.startswith(blocks)]
+    assert {id(v) for v in deep.reusing().variables} == {id(v) for v in expected}
+    assert {id(v) for v in deep.keeping().variables} == {id(v) for v in deep.variables}
+    assert deep.get_layer("conv_out").output is deep.outputs[0]
