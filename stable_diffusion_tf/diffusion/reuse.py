@@ -9,7 +9,7 @@ from itertools import count
 
 
 def reusing(whole: Callable, shallow: Callable, every: int) -> Callable:
-    """Returns a denoiser that runs the whole network at every n-th call. It is for one picture run.
+    """Returns a denoiser that runs the whole network at every n-th call; for one run of a sampler.
 
     Args:
         whole: `whole(*args) -> (x0, deep)`.
