@@ -134,7 +134,22 @@ def test_a_perfect_model_has_perfect_figures(artworks, tmp_path, monkeypatch):
     class StableDiffusion:
         from_pretrained = staticmethod(lambda source: PerfectModel(artworks))
 
+    class StyleClassifier:
+        """Knows all artworks by heart."""
+
+        def __init__(self, styles, size):
+            named = zip(artworks.images, artworks.styles, strict=True)
+            self._styles = {image.tobytes(): style for image, style in named}
+
+        def train(self, images, styles):
+            # every training artwork, and again through the autoencoder
+            assert len(images) == len(styles) == 2 * len(artworks.chosen("train"))
+
+        def __call__(self, images):
+            return np.array([self._styles[image.tobytes()] for image in images])
+
     monkeypatch.setattr("stable_diffusion_tf.StableDiffusion", StableDiffusion, raising=False)
+    monkeypatch.setattr("style_classifier.StyleClassifier", StyleClassifier)
     monkeypatch.setattr("emoji_data.load", lambda size, cache: (artworks.rows, artworks.images))
 
     file = tmp_path / "new" / "figures.json"
@@ -145,8 +160,10 @@ def test_a_perfect_model_has_perfect_figures(artworks, tmp_path, monkeypatch):
     figures = json.loads(file.read_text())
     assert figures["guidance"] == 2.0  # the model's own
     assert figures["autoencoder"]["psnr"] > 60
+    assert figures["style_classifier"] == {"accuracy": 1, "accuracy_rebuilt": 1}
     for split, count in (("train", 7), ("unseen_pair", 1)):
         assert figures[split]["prompts"] == count
         assert figures[split]["top1"] == figures[split]["top5"] == 1
         assert figures[split]["sharpness"] == pytest.approx(1)
+        assert figures[split]["asked_style"] == figures[split]["asked_style_over_accuracy"] == 1
         assert (tmp_path / f"evaluation-{split}.png").exists()
