@@ -4,7 +4,8 @@ Every picture is drawn with the model's own defaults from "<label>, <style> styl
 fixed, and compared with all artworks of the asked style at 32x32 RGB, by Euclidean distance. It is
 a top-5 hit when the asked artwork is among the five nearest. Whether it is in the asked style is
 told by a classifier that has learnt the styles from the training artworks, and from some of them
-through the autoencoder, whose mark is no style.
+through the autoencoder, whose mark is no style. Diversity is the mean distance of pictures that
+differ in their seeds only.
 """
 
 import json
@@ -23,6 +24,8 @@ from stable_diffusion_tf.images import contact_sheet, free_path, save_png
 SEED = 0
 REBUILT = 2000  # training artworks that the style classifier sees through the autoencoder too
 SHEET = 40  # pictures on a sheet: the first of the list, good or bad
+SEVERAL = 12  # prompts of a split whose diversity is measured; a third of them is on its sheet
+SEEDS = range(SEED, SEED + 8)  # of each of them
 
 
 class Artworks:
@@ -159,6 +162,25 @@ def sheet(
     return contact_sheet(pairs, columns=5, labels=labels[:SHEET])
 
 
+def mean_distance(pictures: np.ndarray) -> float:
+    """Mean over pairs of the N pictures, (N, values), of their root mean square difference."""
+    first, second = np.triu_indices(len(pictures), k=1)
+    return float(np.sqrt(np.square(pictures[first] - pictures[second]).mean(axis=1)).mean())
+
+
+def diversity(drawn: np.ndarray) -> float:
+    """Mean distance of a prompt's pictures, which follow each other: (prompts * seeds, S, S, 3)."""
+    found = thumbnails(drawn)
+    return float(np.mean([mean_distance(p) for p in found.reshape(-1, len(SEEDS), found.shape[1])]))
+
+
+def artworks_diversity(artworks: Artworks, count: int = 100) -> float:
+    """Mean distance of different artworks of one style, over `count` of each: diversity's scale."""
+    chosen = np.array(artworks.chosen("train"))
+    by_style = [chosen[artworks.styles[chosen] == style] for style in np.unique(artworks.styles)]
+    return float(np.mean([mean_distance(artworks.thumbnails[i[:count]]) for i in by_style]))
+
+
 @click.command(help=__doc__)
 @click.option("--weights", default="emoji", show_default=True, help="Preset or folder.")
 @click.option("--prompts", default=600, show_default=True, help="Of a split, at most.")
@@ -236,6 +258,20 @@ def main(
             ),
         }
         save_png(sheet(texts, real, drawn, ranks), free_path(output, f"evaluation-{split}"))
+
+    figures["diversity"] = {"artworks": artworks_diversity(artworks)}
+    shown, labels = [], []
+    for split in ("train", "unseen_pair", "unseen_concept"):
+        asked = artworks.chosen(split, min(prompts, SEVERAL))
+        texts = [emoji_data.caption(artworks.rows[i]) for i in asked for _ in SEEDS]
+        seeds = list(SEEDS) * len(asked)
+        drawn = draw(sd, texts, seeds, steps, guidance, batch, f"{split}, {len(SEEDS)} seeds")
+        figures["diversity"][split] = diversity(drawn)
+        on_sheet = slice(SEVERAL // 3 * len(SEEDS))
+        shown.extend(drawn[on_sheet])
+        labels.extend(texts[on_sheet])
+    seeds_sheet = contact_sheet(np.stack(shown), columns=len(SEEDS), labels=labels)
+    save_png(seeds_sheet, free_path(output, "evaluation-diversity"))
 
     text = json.dumps(figures, indent=2)
     print(text)
