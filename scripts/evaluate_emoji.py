@@ -2,7 +2,10 @@
 
 Every picture is drawn with the model's own defaults from "<label>, <style> style", lists and seeds
 fixed, and compared with all artworks of the asked style at 32x32 RGB, by Euclidean distance. It is
-a top-5 hit when the asked artwork is among the five nearest.
+a top-5 hit when the asked artwork is among the five nearest. Whether it is in the asked style is
+told by a classifier that has learnt the styles from the training artworks, and from some of them
+through the autoencoder, whose mark is no style. Diversity is the mean distance of pictures that
+differ in their seeds only.
 """
 
 import json
@@ -19,7 +22,10 @@ from stable_diffusion_tf.files import atomic_path
 from stable_diffusion_tf.images import contact_sheet, free_path, save_png
 
 SEED = 0
+REBUILT = 2000  # training artworks that the style classifier sees through the autoencoder too
 SHEET = 40  # pictures on a sheet: the first of the list, good or bad
+SEVERAL = 12  # prompts of a split whose diversity is measured; a third of them is on its sheet
+SEEDS = range(SEED, SEED + 8)  # of each of them
 
 
 class Artworks:
@@ -30,7 +36,7 @@ class Artworks:
         self.rows = rows
         self.images = images
         self.thumbnails = thumbnails(images)
-        self._styles = np.array([row.style for row in rows])
+        self.styles = np.array([row.style for row in rows])
         self._train = np.array([row.split == "train" for row in rows])
 
     def chosen(self, split: str, count: int | None = None) -> list[int]:
@@ -43,7 +49,7 @@ class Artworks:
 
         0 is a top-1 hit, below 5 a top-5 hit. Artworks alike to the last bit rank alike.
         """
-        same_style = np.flatnonzero(self._styles == self._styles[asked])
+        same_style = np.flatnonzero(self.styles == self.styles[asked])
         distances = _distances(thumbnail, self.thumbnails[same_style])
         return int((distances < distances[same_style == asked]).sum())
 
@@ -59,7 +65,7 @@ class Artworks:
     def nearest_is_of_another_style(self, thumbnail: np.ndarray, asked: int) -> bool:
         """Whether the nearest of all training artworks is of another style than the asked one."""
         distances = np.where(self._train, _distances(thumbnail, self.thumbnails), np.inf)
-        return bool(self._styles[distances.argmin()] != self._styles[asked])
+        return bool(self.styles[distances.argmin()] != self.styles[asked])
 
 
 def _distances(thumbnail: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -122,15 +128,23 @@ def reconstruct(sd, images: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([sd.decode(sd.encode_image(images[part])) for part in parts])
 
 
-def draw(sd, prompts: list[str], steps: int, guidance: float, batch: int, name: str) -> np.ndarray:
-    """A picture a prompt, uint8 (N, S, S, 3); picture i is that of seed SEED + i."""
+def draw(
+    sd,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    batch: int,
+    name: str,
+) -> np.ndarray:
+    """A picture a prompt and seed, uint8 (N, S, S, 3)."""
     return np.concatenate(
         [
             sd.generate(
                 prompts[part],
                 num_steps=steps,
                 unconditional_guidance_scale=guidance,
-                seed=SEED + part.start,
+                seed=seeds[part],
                 emphasis=False,  # as in training: names have brackets, "A button (blood type)"
                 progress=False,
             )
@@ -148,9 +162,28 @@ def sheet(
     return contact_sheet(pairs, columns=5, labels=labels[:SHEET])
 
 
+def mean_distance(pictures: np.ndarray) -> float:
+    """Mean over pairs of the N pictures, (N, values), of their root mean square difference."""
+    first, second = np.triu_indices(len(pictures), k=1)
+    return float(np.sqrt(np.square(pictures[first] - pictures[second]).mean(axis=1)).mean())
+
+
+def diversity(drawn: np.ndarray) -> float:
+    """Mean distance of a prompt's pictures, which follow each other: (prompts * seeds, S, S, 3)."""
+    found = thumbnails(drawn)
+    return float(np.mean([mean_distance(p) for p in found.reshape(-1, len(SEEDS), found.shape[1])]))
+
+
+def artworks_diversity(artworks: Artworks, count: int = 100) -> float:
+    """Mean distance of different artworks of one style, over `count` of each: diversity's scale."""
+    chosen = np.array(artworks.chosen("train"))
+    by_style = [chosen[artworks.styles[chosen] == style] for style in np.unique(artworks.styles)]
+    return float(np.mean([mean_distance(artworks.thumbnails[i[:count]]) for i in by_style]))
+
+
 @click.command(help=__doc__)
 @click.option("--weights", default="emoji", show_default=True, help="Preset or folder.")
-@click.option("--prompts", default=600, show_default=True, help="How many of the training pairs.")
+@click.option("--prompts", default=600, show_default=True, help="Of a split, at most.")
 @click.option("--steps", default=25, show_default=True)
 @click.option("--guidance", type=float, help="The model's own unless given.")
 @click.option("--batch", default=25, show_default=True, help="Pictures at a time.")
@@ -167,7 +200,9 @@ def main(
     output: Path,
     json_file: Path | None,
 ) -> None:
-    from stable_diffusion_tf import StableDiffusion  # here: the metrics are tested without it
+    from style_classifier import StyleClassifier  # here: the metrics are tested without Keras
+
+    from stable_diffusion_tf import StableDiffusion
 
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -176,24 +211,42 @@ def main(
     guidance = sd.config.guidance if guidance is None else guidance
     figures = {"weights": weights, "steps": steps, "guidance": guidance, "seed": SEED}
 
-    unseen = artworks.images[artworks.chosen("unseen_pair") + artworks.chosen("unseen_concept")]
+    held_out = artworks.chosen("unseen_pair") + artworks.chosen("unseen_concept")
+    unseen = artworks.images[held_out]
     rebuilt = reconstruct(sd, unseen, batch)
     figures["autoencoder"] = {
         "psnr": psnr(unseen, rebuilt),
         "sharpness": gradient_energy(rebuilt) / gradient_energy(unseen),
     }
 
-    for split, count in (("train", prompts), ("unseen_pair", None)):
-        asked = artworks.chosen(split, count)
+    known = artworks.chosen("train")
+    again = reconstruct(sd, artworks.images[known[:REBUILT]], batch)
+    classifier = StyleClassifier(artworks.styles, sd.img_height)
+    classifier.train(
+        np.concatenate([artworks.images[known], again]),
+        artworks.styles[known + known[:REBUILT]],
+    )
+    accuracy = float((classifier(unseen) == artworks.styles[held_out]).mean())
+    figures["style_classifier"] = {
+        "accuracy": accuracy,
+        "accuracy_rebuilt": float((classifier(rebuilt) == artworks.styles[held_out]).mean()),
+    }
+
+    for split in ("train", "unseen_pair"):
+        asked = artworks.chosen(split, prompts)
         texts = [emoji_data.caption(artworks.rows[i]) for i in asked]
-        drawn = draw(sd, texts, steps, guidance, batch, split)
+        seeds = range(SEED, SEED + len(texts))
+        drawn = draw(sd, texts, seeds, steps, guidance, batch, split)
         real = artworks.images[asked]
         found = thumbnails(drawn)
         ranks = [artworks.rank(picture, i) for picture, i in zip(found, asked, strict=True)]
+        in_style = float((classifier(drawn) == artworks.styles[asked]).mean())
         figures[split] = {
             "prompts": len(asked),
             **hits(ranks),
             "sharpness": gradient_energy(drawn) / gradient_energy(real),
+            "asked_style": in_style,
+            "asked_style_over_accuracy": in_style / accuracy,
             **copy_baselines(artworks, asked),
             "nearest_of_another_style": float(
                 np.mean(
@@ -205,6 +258,20 @@ def main(
             ),
         }
         save_png(sheet(texts, real, drawn, ranks), free_path(output, f"evaluation-{split}"))
+
+    figures["diversity"] = {"artworks": artworks_diversity(artworks)}
+    shown, labels = [], []
+    for split in ("train", "unseen_pair", "unseen_concept"):
+        asked = artworks.chosen(split, min(prompts, SEVERAL))
+        texts = [emoji_data.caption(artworks.rows[i]) for i in asked for _ in SEEDS]
+        seeds = list(SEEDS) * len(asked)
+        drawn = draw(sd, texts, seeds, steps, guidance, batch, f"{split}, {len(SEEDS)} seeds")
+        figures["diversity"][split] = diversity(drawn)
+        on_sheet = slice(SEVERAL // 3 * len(SEEDS))
+        shown.extend(drawn[on_sheet])
+        labels.extend(texts[on_sheet])
+    seeds_sheet = contact_sheet(np.stack(shown), columns=len(SEEDS), labels=labels)
+    save_png(seeds_sheet, free_path(output, "evaluation-diversity"))
 
     text = json.dumps(figures, indent=2)
     print(text)

@@ -7,11 +7,15 @@ import pytest
 from click.testing import CliRunner
 from emoji_data import Row, caption
 from evaluate_emoji import (
+    SEEDS,
     Artworks,
+    artworks_diversity,
     copy_baselines,
+    diversity,
     gradient_energy,
     hits,
     main,
+    mean_distance,
     psnr,
     sheet,
     thumbnails,
@@ -26,15 +30,15 @@ def row(style: str, concept: int, split: str = "train") -> Row:
 
 @pytest.fixture
 def artworks() -> Artworks:
-    """Twelve concepts in three styles; "b" is "a" a little brighter, "c" has nothing in common."""
+    """Twelve concepts in three styles; "b" is "a" a little brighter, "c" has nothing in common.
+
+    Never seen: 3 in style "a", 11 in any.
+    """
     rng = np.random.default_rng(0)
     a = rng.integers(0, 200, (12, 64, 64, 3), dtype=np.uint8)
     c = rng.integers(0, 200, (12, 64, 64, 3), dtype=np.uint8)
-    rows = [
-        row(s, i, "unseen_pair" if (s, i) == ("a", 3) else "train")
-        for s in "abc"
-        for i in range(12)
-    ]
+    held_out = {("a", 3): "unseen_pair"} | {(s, 11): "unseen_concept" for s in "abc"}
+    rows = [row(s, i, held_out.get((s, i), "train")) for s in "abc" for i in range(12)]
     return Artworks(rows, np.concatenate([a, a + 5, c]))
 
 
@@ -110,6 +114,24 @@ def test_sheet_pairs_real_and_drawn(artworks):
     assert picture.shape[1] > 5 * 2 * 64  # five pairs a row
 
 
+def test_mean_distance_of_three_greys():
+    greys = np.array([0, 0.5, 1])[:, None] * np.ones(12)
+    assert mean_distance(greys) == pytest.approx((0.5 + 0.5 + 1) / 3)
+
+
+def test_diversity_is_that_of_the_seeds_not_of_the_prompts():
+    prompts, seeds = np.array([0, 100]), 3 * np.arange(len(SEEDS))
+    greys = (prompts[:, None] + seeds).reshape(-1, 1, 1, 1) * np.ones((32, 32, 3))
+    between = mean_distance(seeds[:, None] / 255)
+    assert diversity(greys.astype(np.uint8)) == pytest.approx(between, rel=1e-5)
+
+
+def test_diversity_of_artworks_is_within_a_style():
+    greys = np.array([0, 51, 200, 251], np.uint8)[:, None, None, None] * np.ones((32, 32, 3), "u1")
+    rows = [row(style, i) for i, style in enumerate("aabb")]
+    assert artworks_diversity(Artworks(rows, greys)) == pytest.approx(0.2)
+
+
 class PerfectModel:
     """Draws the asked artwork itself; its autoencoder loses nothing."""
 
@@ -134,7 +156,22 @@ def test_a_perfect_model_has_perfect_figures(artworks, tmp_path, monkeypatch):
     class StableDiffusion:
         from_pretrained = staticmethod(lambda source: PerfectModel(artworks))
 
+    class StyleClassifier:
+        """Knows all artworks by heart."""
+
+        def __init__(self, styles, size):
+            named = zip(artworks.images, artworks.styles, strict=True)
+            self._styles = {image.tobytes(): style for image, style in named}
+
+        def train(self, images, styles):
+            # every training artwork, and again through the autoencoder
+            assert len(images) == len(styles) == 2 * len(artworks.chosen("train"))
+
+        def __call__(self, images):
+            return np.array([self._styles[image.tobytes()] for image in images])
+
     monkeypatch.setattr("stable_diffusion_tf.StableDiffusion", StableDiffusion, raising=False)
+    monkeypatch.setattr("style_classifier.StyleClassifier", StyleClassifier)
     monkeypatch.setattr("emoji_data.load", lambda size, cache: (artworks.rows, artworks.images))
 
     file = tmp_path / "new" / "figures.json"
@@ -145,8 +182,14 @@ def test_a_perfect_model_has_perfect_figures(artworks, tmp_path, monkeypatch):
     figures = json.loads(file.read_text())
     assert figures["guidance"] == 2.0  # the model's own
     assert figures["autoencoder"]["psnr"] > 60
+    assert figures["style_classifier"] == {"accuracy": 1, "accuracy_rebuilt": 1}
+    assert figures["diversity"]["artworks"] > 0
+    for split in ("train", "unseen_pair", "unseen_concept"):
+        assert figures["diversity"][split] == 0  # it draws the artwork, whatever the seed
+    assert (tmp_path / "evaluation-diversity.png").exists()
     for split, count in (("train", 7), ("unseen_pair", 1)):
         assert figures[split]["prompts"] == count
         assert figures[split]["top1"] == figures[split]["top5"] == 1
         assert figures[split]["sharpness"] == pytest.approx(1)
+        assert figures[split]["asked_style"] == figures[split]["asked_style_over_accuracy"] == 1
         assert (tmp_path / f"evaluation-{split}.png").exists()
