@@ -59,11 +59,8 @@ class Muon(keras.optimizers.Muon):
 def decaying(optimizer) -> WarmupStableDecay | None:
     """The optimizer's schedule, if it is one that depends on the number of steps."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # as under loss scaling
-    rate = inner.get_config()["learning_rate"]
-    if not isinstance(rate, dict):
-        return None
-    schedule = keras.optimizers.schedules.deserialize(rate)
-    return schedule if isinstance(schedule, WarmupStableDecay) else None
+    rate = inner._learning_rate  # `learning_rate` is its value; `get_config` warns on JAX
+    return rate if isinstance(rate, WarmupStableDecay) else None
 
 
 def adamw(rate, steps, ema_momentum=0.999, loss_scaling=False):
