@@ -284,7 +284,7 @@ def train_decoder(models, latents, images, captions, steps, seed, folder, jit, b
     """Trains the decoder alone, on x0 that the trained network sees in a little noise."""
     noisy = emoji_batches(models, latents, captions, batch_size, seed, shift=0.05)
 
-    def batch(step):
+    def batch(step):  # and the artworks, in the order that `noisy_batches` takes them
         return *noisy(step), signed(images[shuffled(len(images), batch_size, seed, step)])
 
     train(

@@ -481,9 +481,10 @@ class StableDiffusion:
             if guidance is not None:
                 negatives = _repeated(states[len(positive) :], count), *task.channels
 
-            network = self._denoise
             if reuse > 1:
                 network = reusing(self._denoise_keeping, self._denoise_reusing, reuse)
+            else:
+                network = self._denoise
 
             def denoise(x, step):
                 step = Step(*map(_tensor, step))
@@ -703,14 +704,14 @@ class StableDiffusion:
         rescale = arguments.number(
             "guidance_rescale", rescale, "from 0 to 1", lambda x: 0 <= x <= 1
         )
-        if scale <= 1 and rescale:
+        if scale > 1:
+            return _tensor(scale), _tensor(rescale) if rescale else None
+        if rescale:
             raise ValueError(
                 "guidance_rescale tempers guidance, and there is none: give an "
                 f"unconditional_guidance_scale over 1, not {scale:g}, or leave it out"
             )
-        if scale <= 1:
-            return None, None
-        return _tensor(scale), _tensor(rescale) if rescale else None
+        return None, None
 
     @_once
     def _denoise(self) -> Callable:
