@@ -5,6 +5,7 @@ refused by name: `SUPPORTED` lists the values of the keys that only have one.
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "scheduler": {"clip_sample": False, "thresholding": False, "trained_betas": None},
 }
 
+# No model has more, and a network of a billion layers would take forever to fail to load.
+MOST = 2**16  # of channels, tokens, timesteps
+DEEPEST = 64  # layers, or levels
+
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -98,15 +103,15 @@ class Fields:
             if self.values.get(key, value) != value:
                 self.refuse(key, repr(value))
 
-    def integer(self, key: str, default: int, least: int = 1) -> int:
+    def integer(self, key: str, default: int, least: int = 1, most: int = MOST) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or value < least:
-            self.refuse(key, f"an integer of {least} or more")
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(key, f"an integer from {least} to {most}")
         return value
 
     def number(self, key: str, default: float, below: float = math.inf) -> float:
         value = self.values.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < below:
+        if not _is_finite(value) or not 0 < value < below:
             limit = "" if below == math.inf else f" below {below}"
             self.refuse(key, f"a positive number{limit}")
         return float(value)
@@ -132,18 +137,23 @@ class Fields:
         values = [value] * (levels or 1) if type(value) is int else value
         if (
             not isinstance(values, list | tuple)
-            or not all(type(v) is int and v > 0 for v in values)
-            or len(values) != (levels or max(len(values), 1))
+            or not all(type(v) is int and 0 < v <= MOST for v in values)
+            or len(values) != (levels or min(max(len(values), 1), DEEPEST))
         ):
-            self.refuse(key, "one positive integer a level")
+            self.refuse(key, f"one integer from 1 to {MOST} a level")
         return tuple(values)
 
-    def same(self, key: str, default: int, levels: int) -> int:
+    def same(self, key: str, default: int, levels: int, most: int = MOST) -> int:
         """One positive integer for every level."""
         values = self.per_level(key, default, levels)
-        if len(set(values)) > 1:
-            self.refuse(key, "the same number at every level")
+        if len(set(values)) > 1 or values[0] > most:
+            self.refuse(key, f"the same number at every level, {most} at most,")
         return values[0]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold; JSON's integers know no limit."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_config(folder: Path, name: str | None = None) -> ModelConfig:
@@ -177,7 +187,7 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
             "in_channels", f"{unet.out_channels}, or {2 * unet.out_channels + 1} for inpainting,"
         )
     guidance = ours.get("guidance", ModelConfig.guidance)
-    if type(guidance) not in (int, float) or not math.isfinite(guidance):
+    if not _is_finite(guidance):
         index.refuse(OURS, "a finite guidance in it")
     return ModelConfig(
         name=str(ours.get("name", name or folder.resolve().name)),
@@ -197,7 +207,7 @@ def _read_text_encoder(folder: Path) -> TextEncoderConfig:
         vocab_size=fields.integer("vocab_size", 49408, least=49408),  # all that the tokenizer has
         max_length=fields.integer("max_position_embeddings", 77, least=3),  # start, a token, end
         width=fields.integer("hidden_size", 512),
-        layers=fields.integer("num_hidden_layers", 12),
+        layers=fields.integer("num_hidden_layers", 12, most=DEEPEST),
         heads=fields.integer("num_attention_heads", 8),
         mlp_width=fields.integer("intermediate_size", 2048),
         activation=fields.choice("hidden_act", ACTIVATIONS, "quick_gelu"),
@@ -243,7 +253,7 @@ def _read_unet(fields: Fields) -> UNetConfig:
         in_channels=fields.integer("in_channels", 4),
         out_channels=fields.integer("out_channels", 4),
         widths=widths,
-        resnets=fields.same("layers_per_block", 2, levels),
+        resnets=fields.same("layers_per_block", 2, levels, DEEPEST),
         attention=attention,
         heads=fields.per_level("attention_head_dim", 8, levels),
         context_width=fields.same("cross_attention_dim", 1280, levels),
@@ -270,7 +280,7 @@ def read_autoencoder(path: Path) -> AutoencoderConfig:
             fields.refuse(key, f"{name!r} at each of the {len(widths)} levels")
     config = AutoencoderConfig(
         widths=widths,
-        resnets=fields.integer("layers_per_block", 1),
+        resnets=fields.integer("layers_per_block", 1, most=DEEPEST),
         latent_channels=fields.integer("latent_channels", 4),
         groups=fields.integer("norm_num_groups", 32),
         scale=fields.number("scaling_factor", 0.18215),
