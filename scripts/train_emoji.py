@@ -86,7 +86,7 @@ EMOJI = ModelConfig(
     default="mixed_bfloat16",
     show_default=True,
     type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
-    help="Of diffusion.",
+    help="Of diffusion. On a processor without AVX-512 BF16 or AMX, float32 is the faster.",
 )
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
 @click.option(
