@@ -68,20 +68,18 @@ class GroupNormalization(layers.GroupNormalization):
     """
 
     def call(self, x):
-        shape, channels = ops.shape(x), x.shape[-1]
-        groups = (shape[0], 1, self.groups, channels // self.groups)
-        x = ops.cast(ops.reshape(x, (shape[0], -1, channels)), "float32")
-        means, variances = (
-            ops.reshape(moment, groups) for moment in ops.moments(x, axes=[1], keepdims=True)
-        )
+        shape = ops.shape(x)
+        x = ops.reshape(x, (shape[0], -1, self.groups, shape[-1] // self.groups))
+        x = ops.cast(x, "float32")
+        means, variances = ops.moments(x, axes=[1], keepdims=True)
         mean = ops.mean(means, axis=-1, keepdims=True)
         variance = ops.mean(variances + ops.square(means - mean), axis=-1, keepdims=True)
         gamma, beta = (
-            ops.reshape(ops.cast(w, "float32"), groups[2:]) for w in (self.gamma, self.beta)
+            ops.reshape(ops.cast(w, "float32"), x.shape[2:]) for w in (self.gamma, self.beta)
         )
         scale = gamma * ops.rsqrt(variance + self.epsilon)
-        scale, shift = (ops.reshape(w, (-1, 1, channels)) for w in (scale, beta - mean * scale))
-        return ops.reshape(ops.cast(x * scale + shift, self.compute_dtype), shape)
+        x = x * scale + (beta - mean * scale)
+        return ops.reshape(ops.cast(x, self.compute_dtype), shape)
 
 
 def layer_norm(x, name):
