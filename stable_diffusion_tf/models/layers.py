@@ -83,7 +83,19 @@ class GroupNormalization(layers.GroupNormalization):
 
 
 def layer_norm(x, name):
-    return layers.LayerNormalization(epsilon=EPSILON, name=name)(x)
+    return LayerNormalization(epsilon=EPSILON, name=name)(x)
+
+
+class LayerNormalization(layers.LayerNormalization):
+    """Keras's (Ba et al. 2016, arXiv:1607.06450) over channels, in fewer operations and passes."""
+
+    def call(self, x):
+        x = ops.cast(x, "float32")
+        x = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        gamma, beta = (ops.cast(w, "float32") for w in (self.gamma, self.beta))
+        x = x * ops.rsqrt(variance + self.epsilon) * gamma + beta
+        return ops.cast(x, self.compute_dtype)
 
 
 def quick_gelu(x):
