@@ -167,7 +167,7 @@ def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):
     h = ops.silu(group_norm(x, groups, f"{name}.norm1", epsilon))
     h = conv(h, width, f"{name}.conv1")
     if temb is not None:
-        h = h + dense(temb, width, f"{name}.time_emb_proj")[:, None, None, :]
+        h = h + ops.reshape(dense(temb, width, f"{name}.time_emb_proj"), (-1, 1, 1, width))
     h = ops.silu(group_norm(h, groups, f"{name}.norm2", epsilon))
     h = conv(h, width, f"{name}.conv2")
     if x.shape[-1] != width:
@@ -178,10 +178,23 @@ def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):
 def upsample(x, name, like=None):
     """Twice the size by nearest neighbour, cut to that of `like`, then a convolution."""
     width = x.shape[-1]
-    x = layers.UpSampling2D(2)(x)
+    x = Double()(x)
     if like is not None:
         x = CropLike()(x, like)
     return conv(x, width, f"{name}.conv")
+
+
+class Double(layers.Layer):
+    """(B, H, W, C) -> (B, 2H, 2W, C): every position four times."""
+
+    def call(self, x):
+        batch, height, width, channels = ops.shape(x)
+        x = ops.reshape(x, (batch, height, 1, width, channels))
+        return ops.reshape(ops.tile(x, (1, 1, 2, 1, 2)), (batch, 2 * height, 2 * width, channels))
+
+    def compute_output_shape(self, shape):
+        batch, height, width, channels = shape
+        return batch, height and 2 * height, width and 2 * width, channels
 
 
 class CropLike(layers.Layer):

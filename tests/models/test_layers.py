@@ -13,6 +13,7 @@ from stable_diffusion_tf.models import layers
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
+    Double,
     GroupNormalization,
     LayerNormalization,
     gelu,
@@ -116,6 +117,11 @@ def test_normalization_is_differentiated(norm):
     x = normal(*shape)
     for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
         close(found, expected, 1e-5)
+
+
+def test_twice_the_size():
+    x = normal(2, 3, 5, 4)
+    close(Double()(x), plain.UpSampling2D(2)(x), 0)
 
 
 def test_gelu():
