@@ -1,5 +1,7 @@
 """The parts that are written for speed compute what the plain ones do, and their gradients."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from stable_diffusion_tf.models import layers
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
+    Double,
     GroupNormalization,
+    LayerNormalization,
     gelu,
 )
 
@@ -80,15 +84,25 @@ def test_few_positions_are_one_product(monkeypatch):
         layer(normal(1, 4, 5, 6))
 
 
+NORMS = {
+    "group": (
+        partial(GroupNormalization, 4, epsilon=1e-6),
+        partial(plain.GroupNormalization, 4, epsilon=1e-6),
+    ),
+    "layer": (
+        partial(LayerNormalization, epsilon=1e-5),
+        partial(plain.LayerNormalization, epsilon=1e-5),
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "bfloat16"])
 @pytest.mark.parametrize("offset", [0, 30])
-def test_group_normalization(dtype, offset):
+@pytest.mark.parametrize("norm", NORMS)
+def test_normalization(norm, dtype, offset):
     shape = (2, 5, 3, 12)
-    ours, theirs = twins(
-        GroupNormalization(4, epsilon=1e-6, dtype=dtype),
-        plain.GroupNormalization(4, epsilon=1e-6, dtype="float32"),
-        shape,
-    )
+    make, make_plain = NORMS[norm]
+    ours, theirs = twins(make(dtype=dtype), make_plain(dtype="float32"), shape)
     x = ops.cast(normal(*shape) + offset, ours.compute_dtype)
     found = ours(x)
     assert keras.backend.standardize_dtype(found.dtype) == ours.compute_dtype
@@ -96,13 +110,18 @@ def test_group_normalization(dtype, offset):
     close(ops.cast(found, "float32"), theirs(ops.cast(x, "float32")), rounding)
 
 
-def test_group_normalization_is_differentiated():
+@pytest.mark.parametrize("norm", NORMS)
+def test_normalization_is_differentiated(norm):
     shape = (2, 5, 3, 12)
-    ours, theirs = twins(GroupNormalization(4), plain.GroupNormalization(4), shape)
-    ours.epsilon = theirs.epsilon
+    ours, theirs = twins(*(make() for make in NORMS[norm]), shape)
     x = normal(*shape)
     for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
         close(found, expected, 1e-5)
+
+
+def test_twice_the_size():
+    x = normal(2, 3, 5, 4)
+    close(Double()(x), plain.UpSampling2D(2)(x), 0)
 
 
 def test_gelu():
