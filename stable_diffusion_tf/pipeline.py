@@ -597,17 +597,12 @@ class StableDiffusion:
         side = self.tile // self.config.autoencoder.factor
         return np.stack([tiled(partial(_alone, function), one, side, **cell) for one in inputs])
 
-    @property
-    def _inpaints(self) -> bool:
-        """Whether the UNet sees a mask and the masked picture's latents beside its own."""
-        return self.config.unet.in_channels != self.config.unet.out_channels
-
     def _check_task(self, images: Sequence[Any], masks: Sequence[Any], mask_feather: float) -> None:
         if masks and not images:
             raise ValueError("input_mask says where to repaint input_image; give that too")
         if mask_feather and not masks:
             raise ValueError("mask_feather softens the edge of input_mask; give that too")
-        if self._inpaints and not masks:
+        if self.config.unet.inpaints and not masks:
             raise ValueError(
                 f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
                 "white to repaint the whole picture), or take a model for text to image"
@@ -646,7 +641,7 @@ class StableDiffusion:
 
         factor = self.config.autoencoder.factor
         mask = repainted[:, ::factor, ::factor]
-        if self._inpaints:
+        if self.config.unet.inpaints:
             grey = self._encode(np.where(repainted, np.float32(0.5), pixels), posterior)
             channels = tuple(_repeated(part, len(eps)) for part in (mask, grey))
             return _Task(start, sample, channels, finish)
