@@ -5,25 +5,21 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
 from tqdm import tqdm
 
-from stable_diffusion_tf import arguments
+from stable_diffusion_tf import arguments, tasks
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
 from stable_diffusion_tf.compile import compiler
 from stable_diffusion_tf.config import ModelConfig
-from stable_diffusion_tf.diffusion.denoiser import add_noise
-from stable_diffusion_tf.diffusion.inpainting import repainting
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
     ImageSource,
-    feather,
     load_image,
     load_mask,
     unit_to_uint8,
@@ -40,15 +36,6 @@ OUTPUTS = ("image", "float", "latents")
 Condition = list[Chunk | np.ndarray]  # of a picture: chunks of text, or their states (77, width)
 
 log = logging.getLogger(__name__)
-
-
-class _Task(NamedTuple):
-    """What sets drawing from text, from a picture, and into a picture apart."""
-
-    start: Any  # the latents to begin with, (B, h, w, 4)
-    sample: Callable  # a sampler
-    channels: tuple = ()  # what the network sees beside the latents, (B, h, w, …)
-    finish: Callable = lambda pictures: pictures  # the last touch
 
 
 class StableDiffusion:
@@ -373,14 +360,10 @@ class StableDiffusion:
             DownloadError: weights cannot be fetched.
             FloatingPointError: a network overflowed, as some do in float16.
         """
-        method = get_sampler(sampler)
-        prediction = self.config.schedule.prediction
-        options = method.options(
-            arguments.number("eta", eta), arguments.number("temperature", temperature), prediction
+        sample, levels, scale = self._sampling(sampler, eta, temperature, schedule, num_steps)
+        guidance, rescale = arguments.guidance(
+            unconditional_guidance_scale, guidance_rescale, self.config.guidance
         )
-        grid = method.grid_on(schedule)
-        levels = steps(self.config.schedule, num_steps, **grid)
-        guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
         strength = arguments.number(
             "input_image_strength", input_image_strength, "over 0, up to 1", lambda x: 0 < x <= 1
         )
@@ -393,7 +376,7 @@ class StableDiffusion:
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
         images = arguments.sources("input_image", input_image)
         masks = arguments.sources("input_mask", input_mask)
-        self._check_task(images, masks, mask_feather)
+        tasks.check(self.config, images, masks, mask_feather)
         previewed, callback = callback is not None, arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:
@@ -419,27 +402,24 @@ class StableDiffusion:
         size = self.img_height, self.img_width
         images = arguments.resized("input_image", images, load_image, *size)
         masks = arguments.resized("input_mask", masks, load_mask, *size)
-        conditions = filled_up(positive if guidance is None else positive + negative, self._empty)
+        conditions = positive * (count // len(positive))
+        if guidance is not None:
+            conditions += negative * (count // len(negative))
+        conditions = filled_up(conditions, self._empty)
         self._of_this_thread.last_seed = seeds[0]
-        if images:
-            levels = levels[-1 - max(1, int(num_steps * strength)) :]
-        first = levels[0]
-        if not images or (masks and strength == 1):  # noise alone
-            scale = start_scale(self.config.schedule, first, **grid)
-            first = first._replace(alpha=0.0, sigma=scale)
+        levels, first = tasks.begin(levels, scale, images, masks, strength)
 
         with tqdm(
             desc="Loading the model", total=len(levels) - 1, unit="step", disable=not progress
         ) as bar:
             # All of them now: a damaged file must be found before the work.
-            reads_text = any(isinstance(part, Chunk) for one in conditions for part in one)
             used = {
+                "text_encoder": any(isinstance(part, Chunk) for one in conditions for part in one),
                 "unet": True,
-                "text_encoder": reads_text,
                 "encoder": bool(images),
                 "decoder": output != "latents" or previewed,
             }
-            self._networks.need(*(part for part in MODELS if used[part]))
+            self._networks.need(*filter(used.get, used))
             bar.set_description("Encoding the text")
             states = self._states(conditions, clip_skip)
             if images:
@@ -447,15 +427,15 @@ class StableDiffusion:
             # Before the start noise: PyTorch users have the posterior's drawn first.
             posterior = noise.posterior() if images and sample_posterior else None
             eps = noise.start() if eps is None else eps
-            task = self._task(method.sample, images, masks, first, eps, posterior, mask_feather)
-            contexts = _repeated(states[: len(positive)], count), *task.channels
-            negatives = None
-            if guidance is not None:
-                negatives = _repeated(states[len(positive) :], count), *task.channels
-
+            encode = partial(self._networks.encode, noise=posterior)
+            task = tasks.prepare(
+                self.config, sample, encode, images, masks, mask_feather, first, eps
+            )
+            contexts = states[:count], *task.channels
+            negatives = None if guidance is None else (states[count:], *task.channels)
             denoise = self._networks.denoiser(contexts, negatives, guidance, rescale, reuse)
             bar.set_description("Denoising")
-            drawn = task.sample(denoise, task.start, levels, noise, **options)
+            drawn = task.sample(denoise, task.start, levels, noise)
             for step, (x, x0) in enumerate(drawn, 1):
                 stage = f"denoising, step {step} of {bar.total}"
                 latents = self._networks.latents(x, stage)
@@ -536,56 +516,19 @@ class StableDiffusion:
         latents = arguments.array("latents", latents, ("B", "h", "w", channels))
         return unit_to_uint8(self._networks.decode(latents))
 
-    def _check_task(self, images: Sequence[Any], masks: Sequence[Any], mask_feather: float) -> None:
-        if masks and not images:
-            raise ValueError("input_mask says where to repaint input_image; give that too")
-        if mask_feather and not masks:
-            raise ValueError("mask_feather softens the edge of input_mask; give that too")
-        if self.config.unet.inpaints and not masks:
-            raise ValueError(
-                f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
-                "white to repaint the whole picture), or take a model for text to image"
-            )
-
-    def _task(
-        self,
-        sample: Callable,
-        images: Sequence[np.ndarray],
-        masks: Sequence[np.ndarray],
-        first: Step,
-        eps: np.ndarray,
-        posterior: np.ndarray | None,
-        mask_feather: float,
-    ) -> _Task:
-        """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
-
-        Args:
-            sample: the sampler.
-            images, masks: none, one, or one a picture.
-            first: the level of the images and of `eps` (B, h, w, 4) to start from.
-            posterior: noise (B, h, w, 4) to encode the images with; None: by the mean.
-            mask_feather: pixels.
-        """
-        originals = self._networks.encode(images, posterior) if images else 0.0
-        start = _tensor(add_noise(originals, eps, first))
-        if not masks:
-            return _Task(start, sample)
-
-        pixels = np.stack(images)
-        repainted = (np.stack(masks) >= 0.5).astype(np.float32)
-        weights = np.stack([feather(mask, mask_feather) for mask in repainted])
-
-        def finish(pictures):
-            return weights * pictures + (1 - weights) * pixels
-
-        factor = self.config.autoencoder.factor
-        mask = repainted[:, ::factor, ::factor]
-        if self.config.unet.inpaints:
-            grey = self._networks.encode(np.where(repainted, np.float32(0.5), pixels), posterior)
-            channels = tuple(_repeated(part, len(eps)) for part in (mask, grey))
-            return _Task(start, sample, channels, finish)
-        repaint = repainting(sample, *map(_tensor, (originals, mask, eps)))
-        return _Task(start, repaint, finish=finish)
+    def _sampling(
+        self, sampler: str, eta: Any, temperature: Any, schedule: str | None, num_steps: int
+    ) -> tuple[Callable, list[Step], float]:
+        """Checks how to sample: the sampler, its noise levels, and the scale of noise alone."""
+        method, config = get_sampler(sampler), self.config.schedule
+        options = method.options(
+            arguments.number("eta", eta),
+            arguments.number("temperature", temperature),
+            config.prediction,
+        )
+        grid = method.grid_on(schedule)
+        levels = steps(config, num_steps, **grid)
+        return partial(method.sample, **options), levels, start_scale(config, levels[0], **grid)
 
     @property
     def _latents_shape(self) -> tuple[int, int, int]:
@@ -625,32 +568,6 @@ class StableDiffusion:
             return emphasised(read(chunk.ids), chunk.weights)
 
         return np.stack([np.concatenate([*map(states, condition)]) for condition in conditions])
-
-    def _guidance(self, scale: Any, rescale: Any) -> tuple[Any, Any]:
-        """Checks guidance's numbers; as tensors, so that none of them is compiled in, or None."""
-        if scale is None:
-            scale = self.config.guidance
-        scale = arguments.number("unconditional_guidance_scale", scale)
-        rescale = arguments.number(
-            "guidance_rescale", rescale, "from 0 to 1", lambda x: 0 <= x <= 1
-        )
-        if scale > 1:
-            return _tensor(scale), _tensor(rescale) if rescale else None
-        if rescale:
-            raise ValueError(
-                "guidance_rescale tempers guidance, and there is none: give an "
-                f"unconditional_guidance_scale over 1, not {scale:g}, or leave it out"
-            )
-        return None, None
-
-
-def _tensor(value: Any) -> Any:
-    return ops.convert_to_tensor(value, "float32")
-
-
-def _repeated(values: Any, count: int) -> Any:
-    """One or `count` values -> tensor of `count`."""
-    return _tensor(np.repeat(values, count // len(values), axis=0))
 
 
 def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:

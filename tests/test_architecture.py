@@ -16,7 +16,7 @@ ROWS = [
     {"files"},
     {"config", "images", "settings", "compile", "tokenizer", "preview", "samplers", "tiling"},
     {"arguments", "models", "diffusion"},
-    {"checkpoints", "networks"},
+    {"checkpoints", "networks", "tasks"},
     {"pipeline"},
     {"training"},
     {"repeat"},
@@ -33,6 +33,7 @@ ALLOWED = {
     "diffusion": {"config", "compile"},
     "checkpoints": {"files", "config", "tokenizer", "models"},
     "networks": {"config", "images", "preview", "tiling", "diffusion"},
+    "tasks": {"config", "images", "diffusion"},
 }
 
 
