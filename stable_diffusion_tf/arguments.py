@@ -60,6 +60,20 @@ def number(
     return float(value)
 
 
+def guidance(scale: Any, rescale: Any, default: float) -> tuple[float | None, float | None]:
+    """The scale of guidance and its rescale; None where there is none of it."""
+    scale = number("unconditional_guidance_scale", default if scale is None else scale)
+    rescale = number("guidance_rescale", rescale, "from 0 to 1", lambda x: 0 <= x <= 1)
+    if scale > 1:
+        return scale, rescale or None
+    if rescale:
+        raise ValueError(
+            "guidance_rescale tempers guidance, and there is none: give an "
+            f"unconditional_guidance_scale over 1, not {scale:g}, or leave it out"
+        )
+    return None, None
+
+
 def function(name: str, given: Any) -> Callable:
     """A function, or None -> one that does nothing."""
     if given is None:

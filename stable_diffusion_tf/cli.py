@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import numpy as np
 
+from stable_diffusion_tf.checkpoints.hub import sha256
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
 from stable_diffusion_tf.repeat import (
@@ -30,6 +31,11 @@ from stable_diffusion_tf.repeat import (
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
 from stable_diffusion_tf.settings import KEYWORD, png_text
 
+if TYPE_CHECKING:
+    from stable_diffusion_tf.pipeline import StableDiffusion
+
+# Settings by which a model is opened; the others are those of `StableDiffusion.generate`.
+MODEL = ("weights", "vae", "prediction", "dtype", "jit_compile", "engine")
 STEM = 60  # characters of a prompt in a file's name
 STEM_BYTES = 180  # of 255 that a name may have; the rest is for numbers, and a temporary name's
 DEVICES = "con|prn|aux|nul|(com|lpt)[0-9¹²³]"  # to Windows, whatever the suffix
@@ -247,12 +253,6 @@ def generate(
     *,
     seed: int,
     size: tuple[int, int] | None,
-    weights: str,
-    vae: str | None,
-    prediction: str | None,
-    dtype: str,
-    jit_compile: bool,
-    engine: str | None,
     **drawing: Any,
 ) -> None:
     """Draw a picture of each PROMPT, from nothing or over another picture.
@@ -273,6 +273,7 @@ def generate(
       sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
       sdtf generate --like outputs/a-house.png --steps 100
     """
+    model = {name: drawing.pop(name) for name in MODEL}
     with errors_in_one_line():
         prompts += read_prompts(prompts_file)
         repeated = like is not None and not prompts and not changed(context)
@@ -288,32 +289,7 @@ def generate(
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with quiet_import():
-            from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
-            from stable_diffusion_tf.checkpoints.fit import watched
-            from stable_diffusion_tf.checkpoints.hub import sha256
-            from stable_diffusion_tf.pipeline import StableDiffusion
-
-        if taken(context, "weights") and is_on_hub(weights):
-            click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
-        checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
-        facts = {"version": installed_version(), "model": checkpoint.config.name}
-        hashed = cache(sha256)  # for networks that share a file, of gigabytes
-
-        def note(part: str, files: list[Path]) -> None:
-            facts[f"{part}_sha256"] = its_hash = hashed(*files)
-            if like is not None:
-                check_network(context, like, part, its_hash)
-
-        width, height = size or (None, None)
-        sd = StableDiffusion.from_pretrained(
-            watched(checkpoint, note),
-            img_height=height,
-            img_width=width,
-            dtype=dtype,
-            jit_compile=jit_compile,
-            engine=engine,
-        )
+        sd, facts = open_model(context, like, size, **model)
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt", emphasis=drawing["emphasis"])
         wanted = picture_seeds(seed, len(prompts) * batch)
@@ -322,16 +298,7 @@ def generate(
             wanted, batches = [like.seed], [like.facts["batch_seeds"]]
         if drawing["unconditional_guidance_scale"] is None:
             drawing["unconditional_guidance_scale"] = sd.config.guidance
-        settings = {
-            **drawing,
-            "size": f"{sd.img_width}x{sd.img_height}",
-            "weights": weights,
-            "vae": vae,
-            "prediction": prediction,
-            "dtype": dtype,
-            "jit_compile": jit_compile,
-            "engine": engine,
-        }
+        settings = {**drawing, "size": f"{sd.img_width}x{sd.img_height}", **model}
         for name in ("input_image", "input_mask"):
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
@@ -356,6 +323,50 @@ def generate(
             a_row_each = batch if batch > 1 and len(prompts) > 1 else None
             sheet = contact_sheet(np.stack(drawn), a_row_each, labels)
             click.echo(save_png(sheet, free_path(output, "grid")))
+
+
+def open_model(
+    context: click.Context,
+    like: Like | None,
+    size: tuple[int, int] | None,
+    weights: str,
+    vae: str | None,
+    prediction: str | None,
+    dtype: str,
+    jit_compile: bool,
+    engine: str | None,
+) -> tuple["StableDiffusion", dict[str, Any]]:
+    """Returns the model and facts of it, to which its networks' hashes come as they are loaded.
+
+    Raises:
+        ChangedError: while it draws: a network is another than it was when `like` was drawn.
+    """
+    with quiet_import():
+        from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
+        from stable_diffusion_tf.checkpoints.fit import watched
+        from stable_diffusion_tf.pipeline import StableDiffusion
+
+    if taken(context, "weights") and is_on_hub(weights):
+        click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
+    checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
+    facts = {"version": installed_version(), "model": checkpoint.config.name}
+    hashed = cache(sha256)  # for networks that share a file, of gigabytes
+
+    def note(part: str, files: list[Path]) -> None:
+        facts[f"{part}_sha256"] = its_hash = hashed(*files)
+        if like is not None:
+            check_network(context, like, part, its_hash)
+
+    width, height = size or (None, None)
+    sd = StableDiffusion.from_pretrained(
+        watched(checkpoint, note),
+        img_height=height,
+        img_width=width,
+        dtype=dtype,
+        jit_compile=jit_compile,
+        engine=engine,
+    )
+    return sd, facts
 
 
 def readable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,11 @@ class UNetConfig:
     linear_projection: bool = False  # proj_in/proj_out: dense (SD 2.x) or 1x1 convolution
     groups: int = 32
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether it sees a mask and the masked picture's latents beside its own."""
+        return self.in_channels != self.out_channels
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:

@@ -3,65 +3,39 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property, partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras import ops, tree
 from tqdm import tqdm
 
-from stable_diffusion_tf import arguments
+from stable_diffusion_tf import arguments, tasks
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
 from stable_diffusion_tf.compile import compiler
 from stable_diffusion_tf.config import ModelConfig
-from stable_diffusion_tf.diffusion.denoiser import add_noise, denoiser
-from stable_diffusion_tf.diffusion.inpainting import repainting
-from stable_diffusion_tf.diffusion.reuse import reusing
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
     ImageSource,
-    feather,
     load_image,
     load_mask,
-    signed_to_unit,
-    unit_to_signed,
     unit_to_uint8,
 )
-from stable_diffusion_tf.preview import Preview, linear_decoder
+from stable_diffusion_tf.networks import Networks
+from stable_diffusion_tf.preview import Preview
 from stable_diffusion_tf.samplers import Noise, get_sampler, picture_seeds
-from stable_diffusion_tf.tiling import SMALLEST, tiled
+from stable_diffusion_tf.tiling import SMALLEST
 from stable_diffusion_tf.tokenizer import Chunk, Tokenizer, chunks, emphasised, filled_up
 
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 OUTPUTS = ("image", "float", "latents")
-TILE = 128  # latents a side, which a common GPU has room for: attention's logits take 1 GB
 
 Condition = list[Chunk | np.ndarray]  # of a picture: chunks of text, or their states (77, width)
 
 log = logging.getLogger(__name__)
-
-
-class _Task(NamedTuple):
-    """What sets drawing from text, from a picture, and into a picture apart."""
-
-    start: Any  # the latents to begin with, (B, h, w, 4)
-    sample: Callable  # a sampler
-    channels: tuple = ()  # what the network sees beside the latents, (B, h, w, …)
-    finish: Callable = lambda pictures: pictures  # the last touch
-
-
-class _once(cached_property):
-    """A property that is built at first use, by one thread while the others wait for it."""
-
-    def __get__(self, sd: Any, owner: type | None = None) -> Any:
-        if sd is None:
-            return self
-        with sd._building:
-            return super().__get__(sd, owner)
 
 
 class StableDiffusion:
@@ -212,7 +186,7 @@ class StableDiffusion:
         engine: str | None = None,
     ) -> None:
         # First of all: what cannot be had must not be found after the weights are read.
-        self._compile = compiler(engine, jit_compile)
+        compile = compiler(engine, jit_compile)
         img_height = config.image_size if img_height is None else img_height
         img_width = config.image_size if img_width is None else img_width
         for name, size in (("img_height", img_height), ("img_width", img_width)):
@@ -221,12 +195,8 @@ class StableDiffusion:
         self.img_height = int(img_height)
         self.img_width = int(img_width)
         self.tokenizer = Tokenizer()
-        self.tile = TILE * config.autoencoder.factor
+        self._networks = Networks(config, load, compile)
         self._of_this_thread = threading.local()
-        self._building = threading.RLock()
-        self._load = load
-        self._networks: dict[str, keras.Model] = {}
-        self._readers: dict[int, Callable] = {}  # the text encoder, compiled, by clip_skip
 
     def save_pretrained(self, target: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Writes the model, whole or not at all, for `from_pretrained`, diffusers and others.
@@ -244,38 +214,27 @@ class StableDiffusion:
                 cannot be loaded.
         """
         check_target(target, dtype, self.config)
-        self._need(*MODELS)
-        save(Models(self.config, **self._networks), target, dtype)
-
-    def _need(self, *parts: str) -> None:
-        """Loads what is not loaded yet: together, so that one error names all that does not fit."""
-        with self._building:
-            if absent := [part for part in parts if part not in self._networks]:
-                self._networks |= self._load(absent)
-
-    def _network(self, part: str) -> keras.Model:
-        self._need(part)
-        return self._networks[part]
+        save(Models(self.config, **self._networks.need(*MODELS)), target, dtype)
 
     @property
     def text_encoder(self) -> keras.Model:
         """token_ids (B, 77) int -> (B, 77, width)."""
-        return self._network("text_encoder")
+        return self._networks["text_encoder"]
 
     @property
     def diffusion_model(self) -> keras.Model:
         """[latents (B, h, w, 4), timesteps (B,), context (B, 77, width)] -> (B, h, w, 4)."""
-        return self._network("unet")
+        return self._networks["unet"]
 
     @property
     def image_encoder(self) -> keras.Model:
         """images (B, H, W, 3) in [-1, 1] -> (B, h, w, 8): mean and log-variance, unscaled."""
-        return self._network("encoder")
+        return self._networks["encoder"]
 
     @property
     def image_decoder(self) -> keras.Model:
         """scaled latents (B, h, w, 4) -> images (B, H, W, 3) in [-1, 1]."""
-        return self._network("decoder")
+        return self._networks["decoder"]
 
     @property
     def last_seed(self) -> int | None:
@@ -295,13 +254,13 @@ class StableDiffusion:
             TypeError, ValueError: it is set to what is no multiple of the autoencoder's factor, or
                 less than 8 times that (64 for Stable Diffusion).
         """
-        return self._tile
+        return self._networks.tile
 
     @tile.setter
     def tile(self, pixels: int) -> None:
         factor = self.config.autoencoder.factor
         arguments.check_size("tile", pixels, factor, SMALLEST * factor)
-        self._tile = int(pixels)
+        self._networks.tile = int(pixels)
 
     def generate(
         self,
@@ -401,14 +360,10 @@ class StableDiffusion:
             DownloadError: weights cannot be fetched.
             FloatingPointError: a network overflowed, as some do in float16.
         """
-        method = get_sampler(sampler)
-        prediction = self.config.schedule.prediction
-        options = method.options(
-            arguments.number("eta", eta), arguments.number("temperature", temperature), prediction
+        sample, levels, scale = self._sampling(sampler, eta, temperature, schedule, num_steps)
+        guidance, rescale = arguments.guidance(
+            unconditional_guidance_scale, guidance_rescale, self.config.guidance
         )
-        grid = method.grid_on(schedule)
-        levels = steps(self.config.schedule, num_steps, **grid)
-        guidance, rescale = self._guidance(unconditional_guidance_scale, guidance_rescale)
         strength = arguments.number(
             "input_image_strength", input_image_strength, "over 0, up to 1", lambda x: 0 < x <= 1
         )
@@ -421,7 +376,7 @@ class StableDiffusion:
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
         images = arguments.sources("input_image", input_image)
         masks = arguments.sources("input_mask", input_mask)
-        self._check_task(images, masks, mask_feather)
+        tasks.check(self.config, images, masks, mask_feather)
         previewed, callback = callback is not None, arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:
@@ -447,27 +402,24 @@ class StableDiffusion:
         size = self.img_height, self.img_width
         images = arguments.resized("input_image", images, load_image, *size)
         masks = arguments.resized("input_mask", masks, load_mask, *size)
-        conditions = filled_up(positive if guidance is None else positive + negative, self._empty)
+        conditions = positive * (count // len(positive))
+        if guidance is not None:
+            conditions += negative * (count // len(negative))
+        conditions = filled_up(conditions, self._empty)
         self._of_this_thread.last_seed = seeds[0]
-        if images:
-            levels = levels[-1 - max(1, int(num_steps * strength)) :]
-        first = levels[0]
-        if not images or (masks and strength == 1):  # noise alone
-            scale = start_scale(self.config.schedule, first, **grid)
-            first = first._replace(alpha=0.0, sigma=scale)
+        levels, first = tasks.begin(levels, scale, images, masks, strength)
 
         with tqdm(
             desc="Loading the model", total=len(levels) - 1, unit="step", disable=not progress
         ) as bar:
             # All of them now: a damaged file must be found before the work.
-            reads_text = any(isinstance(part, Chunk) for one in conditions for part in one)
             used = {
+                "text_encoder": any(isinstance(part, Chunk) for one in conditions for part in one),
                 "unet": True,
-                "text_encoder": reads_text,
                 "encoder": bool(images),
                 "decoder": output != "latents" or previewed,
             }
-            self._need(*(part for part in MODELS if used[part]))
+            self._networks.need(*filter(used.get, used))
             bar.set_description("Encoding the text")
             states = self._states(conditions, clip_skip)
             if images:
@@ -475,32 +427,24 @@ class StableDiffusion:
             # Before the start noise: PyTorch users have the posterior's drawn first.
             posterior = noise.posterior() if images and sample_posterior else None
             eps = noise.start() if eps is None else eps
-            task = self._task(method.sample, images, masks, first, eps, posterior, mask_feather)
-            contexts = _repeated(states[: len(positive)], count), *task.channels
-            negatives = None
-            if guidance is not None:
-                negatives = _repeated(states[len(positive) :], count), *task.channels
-
-            if reuse > 1:
-                network = reusing(self._denoise_keeping, self._denoise_reusing, reuse)
-            else:
-                network = self._denoise
-
-            def denoise(x, step):
-                step = Step(*map(_tensor, step))
-                return network(x, step, contexts, negatives, guidance, rescale)
-
+            encode = partial(self._networks.encode, noise=posterior)
+            task = tasks.prepare(
+                self.config, sample, encode, images, masks, mask_feather, first, eps
+            )
+            contexts = states[:count], *task.channels
+            negatives = None if guidance is None else (states[count:], *task.channels)
+            denoise = self._networks.denoiser(contexts, negatives, guidance, rescale, reuse)
             bar.set_description("Denoising")
-            drawn = task.sample(denoise, task.start, levels, noise, **options)
+            drawn = task.sample(denoise, task.start, levels, noise)
             for step, (x, x0) in enumerate(drawn, 1):
                 stage = f"denoising, step {step} of {bar.total}"
-                latents = _finite(stage, ops.convert_to_numpy(x), self.diffusion_model)
+                latents = self._networks.latents(x, stage)
                 bar.update()
-                callback(step, bar.total, Preview(partial(self._preview, x0)))
+                callback(step, bar.total, Preview(partial(self._networks.preview, x0)))
             if output == "latents":
                 return latents
             bar.set_description("Decoding")
-            pictures = task.finish(self._pictures(latents))
+            pictures = task.finish(self._networks.decode(latents))
         return pictures if output == "float" else unit_to_uint8(pictures)
 
     def tokenize(
@@ -559,18 +503,7 @@ class StableDiffusion:
             count, height, width, _ = pictures.shape
             grid = height // autoencoder.factor, width // autoencoder.factor
             noise = arguments.array("noise", noise, (count, *grid, autoencoder.latent_channels))
-        return self._encode(pictures, noise)
-
-    def _encode(
-        self, pictures: Sequence[np.ndarray], noise: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Pictures (H, W, 3) in [0, 1] -> scaled latents (B, h, w, 4)."""
-        signed = map(unit_to_signed, pictures)
-        moments = self._tiled(self._encoder, signed, reads=self.config.autoencoder.factor)
-        latents, log_variance = np.split(_finite("encoding", moments, self.image_encoder), 2, -1)
-        if noise is not None:
-            latents = latents + np.exp(np.clip(log_variance, -30, 20) / 2) * noise
-        return latents * np.float32(self.config.autoencoder.scale)
+        return self._networks.encode(pictures, noise)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Returns the pictures of scaled latents (B, h, w, 4): uint8 (B, H, W, 3).
@@ -581,77 +514,21 @@ class StableDiffusion:
         """
         channels = self.config.autoencoder.latent_channels
         latents = arguments.array("latents", latents, ("B", "h", "w", channels))
-        return unit_to_uint8(self._pictures(latents))
+        return unit_to_uint8(self._networks.decode(latents))
 
-    def _pictures(self, latents: np.ndarray) -> np.ndarray:
-        pictures = self._tiled(self._decoder, latents, gives=self.config.autoencoder.factor)
-        return signed_to_unit(_finite("decoding", pictures, self.image_decoder))
-
-    def _preview(self, x0: Any) -> np.ndarray:
-        """Latents being denoised -> small pictures, uint8 (B, h, w, 3)."""
-        latents = _finite("denoising", ops.convert_to_numpy(x0), self.diffusion_model)
-        return unit_to_uint8(self._linear_decoder(latents))
-
-    def _tiled(self, function: Callable, inputs: Iterable[np.ndarray], **cell: int) -> np.ndarray:
-        """A batch through the encoder or the decoder: one by one, and large ones in tiles."""
-        side = self.tile // self.config.autoencoder.factor
-        return np.stack([tiled(partial(_alone, function), one, side, **cell) for one in inputs])
-
-    @property
-    def _inpaints(self) -> bool:
-        """Whether the UNet sees a mask and the masked picture's latents beside its own."""
-        return self.config.unet.in_channels != self.config.unet.out_channels
-
-    def _check_task(self, images: Sequence[Any], masks: Sequence[Any], mask_feather: float) -> None:
-        if masks and not images:
-            raise ValueError("input_mask says where to repaint input_image; give that too")
-        if mask_feather and not masks:
-            raise ValueError("mask_feather softens the edge of input_mask; give that too")
-        if self._inpaints and not masks:
-            raise ValueError(
-                f"{self.config.name} is an inpainting model: give input_image and input_mask (all "
-                "white to repaint the whole picture), or take a model for text to image"
-            )
-
-    def _task(
-        self,
-        sample: Callable,
-        images: Sequence[np.ndarray],
-        masks: Sequence[np.ndarray],
-        first: Step,
-        eps: np.ndarray,
-        posterior: np.ndarray | None,
-        mask_feather: float,
-    ) -> _Task:
-        """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
-
-        Args:
-            sample: the sampler.
-            images, masks: none, one, or one a picture.
-            first: the level of the images and of `eps` (B, h, w, 4) to start from.
-            posterior: noise (B, h, w, 4) to encode the images with; None: by the mean.
-            mask_feather: pixels.
-        """
-        originals = self._encode(images, posterior) if images else 0.0
-        start = _tensor(add_noise(originals, eps, first))
-        if not masks:
-            return _Task(start, sample)
-
-        pixels = np.stack(images)
-        repainted = (np.stack(masks) >= 0.5).astype(np.float32)
-        weights = np.stack([feather(mask, mask_feather) for mask in repainted])
-
-        def finish(pictures):
-            return weights * pictures + (1 - weights) * pixels
-
-        factor = self.config.autoencoder.factor
-        mask = repainted[:, ::factor, ::factor]
-        if self._inpaints:
-            grey = self._encode(np.where(repainted, np.float32(0.5), pixels), posterior)
-            channels = tuple(_repeated(part, len(eps)) for part in (mask, grey))
-            return _Task(start, sample, channels, finish)
-        repaint = repainting(sample, *map(_tensor, (originals, mask, eps)))
-        return _Task(start, repaint, finish=finish)
+    def _sampling(
+        self, sampler: str, eta: Any, temperature: Any, schedule: str | None, num_steps: int
+    ) -> tuple[Callable, list[Step], float]:
+        """Checks how to sample: the sampler, its noise levels, and the scale of noise alone."""
+        method, config = get_sampler(sampler), self.config.schedule
+        options = method.options(
+            arguments.number("eta", eta),
+            arguments.number("temperature", temperature),
+            config.prediction,
+        )
+        grid = method.grid_on(schedule)
+        levels = steps(config, num_steps, **grid)
+        return partial(method.sample, **options), levels, start_scale(config, levels[0], **grid)
 
     @property
     def _latents_shape(self) -> tuple[int, int, int]:
@@ -676,18 +553,14 @@ class StableDiffusion:
             )
         return [list(one) for one in states.reshape(-1, states.shape[-2] // length, length, width)]
 
-    @_once
+    @property
     def _empty(self) -> Chunk:
         ((chunk,),) = self.tokenize("")
         return chunk
 
     def _states(self, conditions: list[Condition], clip_skip: int) -> np.ndarray:
         """Conditions of n chunks each -> (B, 77 n, width)."""
-
-        @cache
-        def read(ids):
-            states = _alone(self._reader(clip_skip), np.array(ids, np.int32))
-            return _finite("encoding the text", states, self.text_encoder)
+        read = cache(partial(self._networks.read, clip_skip=clip_skip))
 
         def states(chunk):
             if isinstance(chunk, np.ndarray):
@@ -695,108 +568,6 @@ class StableDiffusion:
             return emphasised(read(chunk.ids), chunk.weights)
 
         return np.stack([np.concatenate([*map(states, condition)]) for condition in conditions])
-
-    def _guidance(self, scale: Any, rescale: Any) -> tuple[Any, Any]:
-        """Checks guidance's numbers; as tensors, so that none of them is compiled in, or None."""
-        if scale is None:
-            scale = self.config.guidance
-        scale = arguments.number("unconditional_guidance_scale", scale)
-        rescale = arguments.number(
-            "guidance_rescale", rescale, "from 0 to 1", lambda x: 0 <= x <= 1
-        )
-        if scale > 1:
-            return _tensor(scale), _tensor(rescale) if rescale else None
-        if rescale:
-            raise ValueError(
-                "guidance_rescale tempers guidance, and there is none: give an "
-                f"unconditional_guidance_scale over 1, not {scale:g}, or leave it out"
-            )
-        return None, None
-
-    @_once
-    def _denoise(self) -> Callable:
-        return self._denoiser(self.diffusion_model)
-
-    @_once
-    def _denoise_keeping(self) -> Callable:
-        return self._denoiser(self.diffusion_model.keeping())
-
-    @_once
-    def _denoise_reusing(self) -> Callable:
-        return self._denoiser(self.diffusion_model.reusing())
-
-    def _denoiser(self, unet: keras.Model) -> Callable:
-        """`denoise(x, step, …, *deep)` -> x0; of a network that keeps deep features, those too."""
-        prediction = self.config.schedule.prediction
-
-        def denoise(x, step, context, negative_context, guidance, rescale, *deep):
-            kept = []
-
-            def network(latents, timesteps, context):
-                states, *channels = context
-                latents = ops.concatenate([latents, *channels], -1)
-                output, *kept[:] = tree.flatten(unet([latents, timesteps, states, *deep]))
-                return output
-
-            x0 = denoiser(network, prediction, context, negative_context, guidance, rescale)(
-                x, step
-            )
-            # In float32, exactly: engines pass no bfloat16 on.
-            return (x0, *(ops.cast(x, "float32") for x in kept)) if kept else x0
-
-        return self._compile(denoise, unet.variables)
-
-    def _reader(self, clip_skip: int) -> Callable:
-        with self._building:
-            if clip_skip not in self._readers:
-                self._readers[clip_skip] = self._compiled(self.text_encoder.skipping(clip_skip))
-            return self._readers[clip_skip]
-
-    @_once
-    def _encoder(self) -> Callable:
-        return self._compiled(self.image_encoder)
-
-    @_once
-    def _decoder(self) -> Callable:
-        return self._compiled(self.image_decoder)
-
-    @_once
-    def _linear_decoder(self) -> Callable:
-        autoencoder = self.config.autoencoder
-        return linear_decoder(self._pictures, autoencoder.latent_channels, autoencoder.factor)
-
-    def _compiled(self, model: keras.Model) -> Callable:
-        def call(inputs):
-            return ops.cast(model(inputs), "float32")
-
-        return self._compile(call, model.variables)
-
-
-def _alone(function: Callable, one: np.ndarray) -> np.ndarray:
-    """One of a batch through a function of batches: it is compiled once, for a batch of one."""
-    return ops.convert_to_numpy(function(one[None]))[0]
-
-
-def _finite(stage: str, values: np.ndarray, network: keras.Model) -> np.ndarray:
-    """Passes on what a network computed, if it is finite."""
-    if np.isfinite(values).all():
-        return values
-    dtype = network.outputs[0].dtype
-    remedy = (
-        "use dtype='bfloat16' or 'float32'"
-        if dtype == "float16"
-        else "lower the guidance scale, or take another checkpoint"
-    )
-    raise FloatingPointError(f"{stage}: the network overflowed in {dtype}; {remedy}")
-
-
-def _tensor(value: Any) -> Any:
-    return ops.convert_to_tensor(value, "float32")
-
-
-def _repeated(values: Any, count: int) -> Any:
-    """One or `count` values -> tensor of `count`."""
-    return _tensor(np.repeat(values, count // len(values), axis=0))
 
 
 def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:

@@ -16,7 +16,7 @@ ROWS = [
     {"files"},
     {"config", "images", "settings", "compile", "tokenizer", "preview", "samplers", "tiling"},
     {"arguments", "models", "diffusion"},
-    {"checkpoints"},
+    {"checkpoints", "networks", "tasks"},
     {"pipeline"},
     {"training"},
     {"repeat"},
@@ -32,6 +32,8 @@ ALLOWED = {
     "models": {"config"},
     "diffusion": {"config", "compile"},
     "checkpoints": {"files", "config", "tokenizer", "models"},
+    "networks": {"config", "images", "preview", "tiling", "diffusion"},
+    "tasks": {"config", "images", "diffusion"},
 }
 
 
@@ -93,6 +95,7 @@ def test_imports_only_from_rows_above(module: str, path: Path):
         ("samplers.ddim", "def f():\n    from stable_diffusion_tf import images"),
         ("diffusion.schedule", "from ..models.unet import UNet"),
         ("checkpoints.load", "from ..diffusion.schedule import steps"),
+        ("networks", "from .samplers import SAMPLERS"),
         ("config", "from . import images"),
         ("arguments", "from .config import ModelConfig"),
         ("training.loop", "from .. import cli"),

@@ -20,6 +20,7 @@ from stable_diffusion_tf.checkpoints import hub
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.cli import main, quiet_import, slug
 from stable_diffusion_tf.images import free_path, save_png
+from stable_diffusion_tf.networks import Networks
 from stable_diffusion_tf.repeat import Setting
 from stable_diffusion_tf.samplers import SAMPLERS
 
@@ -135,13 +136,11 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
 
 def test_what_is_used_is_hashed_once_and_before_the_first_picture(sdtf, tiny_model, monkeypatch):
     events = []
-    computed, drawn = hub._hash, StableDiffusion._pictures
+    computed, drawn = hub._hash, Networks.decode
     monkeypatch.setattr(
         hub, "_hash", lambda path, **like: events.append(path) or computed(path, **like)
     )
-    monkeypatch.setattr(
-        StableDiffusion, "_pictures", lambda *given: events.append("drawn") or drawn(*given)
-    )
+    monkeypatch.setattr(Networks, "decode", lambda *given: events.append("drawn") or drawn(*given))
     Image.new("RGB", (32, 32)).save("photo.png")
     sdtf("a cat", "a dog", "--image", "photo.png", "--steps", "2")
     files = [Path("photo.png"), *(tiny_model / file for file in FILES.values())]
@@ -314,7 +313,7 @@ def test_only_what_a_user_can_mend_is_said_in_one_line_while_drawing(
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(StableDiffusion, "_need", fail)
+    monkeypatch.setattr(Networks, "need", fail)
     result = sdtf("a cat", "--quiet")
     if line is None:
         assert result.exception is error  # and Python shows its traceback

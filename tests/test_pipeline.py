@@ -15,7 +15,7 @@ from keras import tree
 from PIL import Image, ImageDraw
 from tiny import FILES, TINY
 
-from stable_diffusion_tf import CheckpointError, DownloadError, StableDiffusion, pipeline
+from stable_diffusion_tf import CheckpointError, DownloadError, StableDiffusion, networks
 from stable_diffusion_tf.checkpoints.catalog import PRESETS, STABLE_DIFFUSION
 from stable_diffusion_tf.checkpoints.hub import HubFile
 from stable_diffusion_tf.checkpoints.load import load
@@ -140,9 +140,10 @@ def test_strength_is_the_share_of_steps_that_run(
     small, photo, monkeypatch, num_steps, strength, run
 ):
     seen = []
-    original = small._denoise
+    networks = small._networks
+    original = networks._denoise
     monkeypatch.setitem(
-        small.__dict__, "_denoise", lambda x, *args: seen.append(x) or original(x, *args)
+        networks.__dict__, "_denoise", lambda x, *args: seen.append(x) or original(x, *args)
     )
     settings = {"num_steps": num_steps, "input_image": photo, "input_image_strength": strength}
     latents(small, PROMPT, **settings)
@@ -262,8 +263,9 @@ def evaluations(small, monkeypatch):
     def spied(name, original):
         return lambda *args: seen.append(name) or original(*args)
 
+    networks = small._networks
     for name in ("_denoise", "_denoise_keeping", "_denoise_reusing"):
-        monkeypatch.setitem(small.__dict__, name, spied(name, getattr(small, name)))
+        monkeypatch.setitem(networks.__dict__, name, spied(name, getattr(networks, name)))
     return seen
 
 
@@ -329,8 +331,8 @@ def test_nothing_but_another_shape_compiles_again(tiny_model, monkeypatch):
         traces.append(args)
         return original(*args)
 
-    original = pipeline.denoiser
-    monkeypatch.setattr(pipeline, "denoiser", counted)
+    original = networks.denoiser
+    monkeypatch.setattr(networks, "denoiser", counted)
     sd = StableDiffusion.from_pretrained(tiny_model)
     for prompt, steps, guidance in (("a", 3, 2.0), ("b", 2, 7.5)):
         latents(sd, prompt, num_steps=steps, unconditional_guidance_scale=guidance)
@@ -404,7 +406,7 @@ def test_each_distinct_chunk_is_read_once(small, monkeypatch):
         seen.append(ids)
         return np.zeros((1, 77, 32), np.float32) + len(seen)
 
-    monkeypatch.setattr(small, "_reader", lambda clip_skip: read)
+    monkeypatch.setattr(small._networks, "_reader", lambda clip_skip: read)
     states = small.encode_text(["a", "b", "(a:2)", "a"])
     assert [ids.shape for ids in seen] == [(1, 77)] * 2
     np.testing.assert_array_equal(states[[0, 1, 3], 0, 0], [1, 2, 1])
@@ -451,7 +453,7 @@ def test_emphasis_and_chunks_are_those_of_the_written_out_definition(small, prom
 
 def test_plain_text_has_the_encoders_very_states(small):
     ids = small.tokenizer.tokenize([PROMPT, "a (cat)"])
-    read = small._reader(1)
+    read = small._networks._reader(1)
     for text, row in zip([PROMPT, "a (cat)"], ids, strict=True):
         found = small.encode_text(text, emphasis=False)
         np.testing.assert_array_equal(found, np.asarray(read(row[None])))
@@ -593,18 +595,18 @@ def test_large_pictures_go_through_the_autoencoder_in_tiles(tiny_model, monkeypa
         seen.append(x.shape)
         return x[..., :3].repeat(2, 1).repeat(2, 2)
 
-    monkeypatch.setitem(sd.__dict__, "_encoder", encode)
-    monkeypatch.setitem(sd.__dict__, "_decoder", decode)
+    monkeypatch.setitem(sd._networks.__dict__, "_encoder", encode)
+    monkeypatch.setitem(sd._networks.__dict__, "_decoder", decode)
     images = np.random.default_rng(0).random((2, 38, 26, 3), np.float32)
     codes = sd.encode_image(images)
-    pictures = sd._pictures(codes)
+    pictures = sd._networks.decode(codes)
     assert sd.tile == 256
     assert seen == [(1, 38, 26, 3)] * 2 + [(1, 19, 13, 4)] * 2
 
     seen.clear()
     sd.tile = 16
     np.testing.assert_allclose(sd.encode_image(images), codes, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(sd._pictures(codes), pictures, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sd._networks.decode(codes), pictures, rtol=0, atol=1e-6)
     sd.generate(PROMPT, input_image=images, num_steps=2, seed=0, progress=False)
     assert set(seen) == {(1, 16, 16, 3), (1, 8, 8, 4)}
 
@@ -614,9 +616,9 @@ def test_the_embedded_models_tiles_differ_little_from_the_whole():
     disc = Image.new("RGB", (512, 512), "white")
     ImageDraw.Draw(disc).ellipse([60, 60, 452, 400], fill="red")
     codes = sd.encode_image([disc.resize((128, 128))])
-    whole = sd._pictures(codes)
+    whole = sd._networks.decode(codes)
     sd.tile = 64  # the norms of a tile all in red are not those of the whole
-    assert 0 < np.sqrt(((sd._pictures(codes) - whole) ** 2).mean()) < 0.04
+    assert 0 < np.sqrt(((sd._networks.decode(codes) - whole) ** 2).mean()) < 0.04
 
 
 @pytest.mark.parametrize(
@@ -703,7 +705,7 @@ def test_a_callback_is_told_of_every_step(small, photo, mask):
 
 def test_a_preview_is_not_computed_before_it_is_looked_at(small, monkeypatch):
     computed = []
-    monkeypatch.setattr(small, "_preview", computed.append)
+    monkeypatch.setattr(small._networks, "preview", computed.append)
     previews = []
     latents(small, PROMPT, num_steps=2, callback=lambda *args: previews.append(args[2]))
     assert computed == []
@@ -720,9 +722,10 @@ def test_an_exception_in_the_callback_cancels(small, monkeypatch, capsys):
             raise Enough
 
     seen = []
-    original = small._denoise
+    networks = small._networks
+    original = networks._denoise
     monkeypatch.setitem(
-        small.__dict__, "_denoise", lambda x, *args: seen.append(x) or original(x, *args)
+        networks.__dict__, "_denoise", lambda x, *args: seen.append(x) or original(x, *args)
     )
     with pytest.raises(Enough):
         small.generate(PROMPT, num_steps=5, callback=stop)
@@ -763,7 +766,7 @@ def test_threads_share_a_model(tiny_model, photo):
     expected = [alone.generate(**task, seed=i, **settings) for i, task in enumerate(tasks)]
 
     shared = StableDiffusion.from_pretrained(tiny_model, **sizes)
-    loaded, load, start = [], shared._load, threading.Barrier(len(tasks))
+    loaded, load, start = [], shared._networks._load, threading.Barrier(len(tasks))
 
     def slow_load(parts):
         loaded.extend(parts)
@@ -774,7 +777,7 @@ def test_threads_share_a_model(tiny_model, photo):
         start.wait()
         return shared.generate(**tasks[i], seed=i, **settings), shared.last_seed
 
-    shared._load = slow_load
+    shared._networks._load = slow_load
     with ThreadPoolExecutor(len(tasks)) as pool:
         found = [*pool.map(draw, range(len(tasks)))]
     assert sorted(loaded) == ["decoder", "encoder", "text_encoder", "unet"]
@@ -867,7 +870,7 @@ WRONG = [
 @pytest.mark.parametrize(("args", "settings", "error", "message"), WRONG)
 def test_wrong_input_is_refused_before_any_work(tiny_model, args, settings, error, message):
     sd = StableDiffusion.from_pretrained(tiny_model, img_height=14, img_width=10)
-    sd._load = None  # raises TypeError when it is called
+    sd._networks._load = None  # raises TypeError when it is called
     with pytest.raises(error, match=message):
         sd.generate(*args, **settings)
     assert sd.last_seed is None

@@ -324,10 +324,9 @@ def write_config(config: ModelConfig) -> dict[str, dict[str, Any]]:
             f"pad_token {text.pad_token} cannot be saved; {sorted(PAD_TOKENS.values())} can."
         )
     pad_token = _key(PAD_TOKENS, text.pad_token)
-    inpainting = unet.in_channels != unet.out_channels
     return {
         "model_index.json": {
-            "_class_name": f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
+            "_class_name": f"StableDiffusion{'Inpaint' if unet.inpaints else ''}Pipeline",
             "_diffusers_version": "0.35.0",  # its inpainting pipeline opens none without
             OURS: {"name": config.name, "guidance": config.guidance},
             "feature_extractor": [None, None],

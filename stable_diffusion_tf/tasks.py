@@ -1,0 +1,102 @@
+"""What sets drawing from text, over a picture, and into its masked part apart."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from stable_diffusion_tf.config import ModelConfig
+from stable_diffusion_tf.diffusion.denoiser import add_noise
+from stable_diffusion_tf.diffusion.inpainting import repainting
+from stable_diffusion_tf.diffusion.schedule import Step
+from stable_diffusion_tf.images import feather
+
+
+class Task(NamedTuple):
+    """How a task begins, samples and ends."""
+
+    start: Any  # the latents to begin with, (B, h, w, 4)
+    sample: Callable  # a sampler
+    channels: tuple = ()  # what the network sees beside the latents, (B, h, w, …)
+    finish: Callable = lambda pictures: pictures  # the last touch
+
+
+def check(
+    config: ModelConfig, images: Sequence[Any], masks: Sequence[Any], mask_feather: float
+) -> None:
+    """Raises ValueError if they are no task, or none of this model's."""
+    if masks and not images:
+        raise ValueError("input_mask says where to repaint input_image; give that too")
+    if mask_feather and not masks:
+        raise ValueError("mask_feather softens the edge of input_mask; give that too")
+    if config.unet.inpaints and not masks:
+        raise ValueError(
+            f"{config.name} is an inpainting model: give input_image and input_mask (all "
+            "white to repaint the whole picture), or take a model for text to image"
+        )
+
+
+def begin(
+    levels: Sequence[Step],
+    scale: float,
+    images: Sequence[Any],
+    masks: Sequence[Any],
+    strength: float,
+) -> tuple[Sequence[Step], Step]:
+    """Returns those of the noise levels that are stepped through, and the one to start from.
+
+    Args:
+        levels: the sampler's, noisiest first.
+        scale: of the noise to start from where there is no image in it.
+        images, masks: as of `prepare`.
+        strength: over 0, up to 1: the share of steps that run over images. At 1 a masked part
+            starts from noise alone, an image as a whole does not.
+    """
+    alone = levels[0]._replace(alpha=0.0, sigma=scale)
+    if not images:
+        return levels, alone
+    run = levels[-1 - max(1, int((len(levels) - 1) * strength)) :]
+    return run, alone if masks and strength == 1 else run[0]
+
+
+def prepare(
+    config: ModelConfig,
+    sample: Callable,
+    encode: Callable[[Sequence[np.ndarray]], np.ndarray],
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    mask_feather: float,
+    first: Step,
+    eps: np.ndarray,
+) -> Task:
+    """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
+
+    Args:
+        config: the model's.
+        sample: the sampler.
+        encode: pictures in [0, 1] -> scaled latents (B, h, w, 4).
+        images, masks: none, one, or one a picture.
+        mask_feather: pixels.
+        first: the level of the images and of `eps` (B, h, w, 4) to start from.
+    """
+    originals = encode(images) if images else 0.0
+    start = ops.convert_to_tensor(add_noise(originals, eps, first))
+    if not masks:
+        return Task(start, sample)
+
+    pixels = np.stack(images)
+    repainted = (np.stack(masks) >= 0.5).astype(np.float32)
+    weights = np.stack([feather(mask, mask_feather) for mask in repainted])
+
+    def finish(pictures):
+        return weights * pictures + (1 - weights) * pixels
+
+    factor = config.autoencoder.factor
+    mask = repainted[:, ::factor, ::factor]
+    if config.unet.inpaints:
+        grey = encode(np.where(repainted, np.float32(0.5), pixels))
+        channels = (np.repeat(part, len(eps) // len(part), axis=0) for part in (mask, grey))
+        return Task(start, sample, tuple(channels), finish)
+    repaint = repainting(sample, *map(ops.convert_to_tensor, (originals, mask, eps)))
+    return Task(start, repaint, finish=finish)
