@@ -1,7 +1,7 @@
 """The KL-regularised autoencoder of latent diffusion (arXiv:2112.10752, section 3.1)."""
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from stable_diffusion_tf.config import AutoencoderConfig
 from stable_diffusion_tf.models.layers import (
@@ -11,7 +11,6 @@ from stable_diffusion_tf.models.layers import (
     dtype_policy,
     group_norm,
     resnet,
-    silu,
     upsample,
 )
 
@@ -37,7 +36,7 @@ class Encoder(keras.Model):
                 if level != last:
                     x = downsample(x, f"{block}.downsamplers.0")
             x = middle(x, config, "encoder.mid_block")
-            x = silu(group_norm(x, config.groups, "encoder.conv_norm_out", EPSILON))
+            x = ops.silu(group_norm(x, config.groups, "encoder.conv_norm_out", EPSILON))
             x = conv(x, moments, "encoder.conv_out")
             x = conv(x, moments, "quant_conv", kernel=1)
         super().__init__(images, x, name=name)
@@ -63,7 +62,7 @@ class Decoder(keras.Model):
                     x = resnet(x, width, config.groups, f"{block}.resnets.{i}", epsilon=EPSILON)
                 if level != len(config.widths) - 1:
                     x = upsample(x, f"{block}.upsamplers.0")
-            x = silu(group_norm(x, config.groups, "decoder.conv_norm_out", EPSILON))
+            x = ops.silu(group_norm(x, config.groups, "decoder.conv_norm_out", EPSILON))
             x = conv(x, 3, "decoder.conv_out")
         super().__init__(latents, x, name=name)
         self.config = config

@@ -100,10 +100,6 @@ class LayerNormalization(layers.LayerNormalization):
         return ops.cast(x, self.compute_dtype)
 
 
-def silu(x):
-    return x * ops.sigmoid(x)  # Keras's, on TensorFlow, brings a gradient of its own: 8 operations
-
-
 def quick_gelu(x):
     """CLIP's approximation of GELU."""
     return x * ops.sigmoid(1.702 * x)
@@ -168,11 +164,11 @@ class DotProductAttention(layers.Layer):
 
 def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):
     """Residual block; `temb` (B, D) is the UNet's activated time embedding."""
-    h = silu(group_norm(x, groups, f"{name}.norm1", epsilon))
+    h = ops.silu(group_norm(x, groups, f"{name}.norm1", epsilon))
     h = conv(h, width, f"{name}.conv1")
     if temb is not None:
         h = h + ops.reshape(dense(temb, width, f"{name}.time_emb_proj"), (-1, 1, 1, width))
-    h = silu(group_norm(h, groups, f"{name}.norm2", epsilon))
+    h = ops.silu(group_norm(h, groups, f"{name}.norm2", epsilon))
     h = conv(h, width, f"{name}.conv2")
     if x.shape[-1] != width:
         x = conv(x, width, f"{name}.conv_shortcut", kernel=1)

@@ -15,7 +15,6 @@ from stable_diffusion_tf.models.layers import (
     group_norm,
     layer_norm,
     resnet,
-    silu,
     upsample,
 )
 
@@ -47,8 +46,8 @@ class UNet(keras.Model):
         with dtype_policy(dtype):
             temb = Sinusoids(config.widths[0], dtype="float32")(timesteps)
             temb = dense(temb, 4 * config.widths[0], "time_embedding.linear_1")
-            temb = dense(silu(temb), 4 * config.widths[0], "time_embedding.linear_2")
-            temb = silu(temb)
+            temb = dense(ops.silu(temb), 4 * config.widths[0], "time_embedding.linear_2")
+            temb = ops.silu(temb)
 
             x = conv(latents, config.widths[0], "conv_in")
             skips = [x]
@@ -74,7 +73,7 @@ class UNet(keras.Model):
                 if level != 0:
                     x = upsample(x, f"{prefix}.upsamplers.0", like=skips[-1])
 
-            x = silu(group_norm(x, config.groups, "conv_norm_out"))
+            x = ops.silu(group_norm(x, config.groups, "conv_norm_out"))
             x = conv(x, config.out_channels, "conv_out")
         super().__init__([latents, timesteps, context], x, name=name)
         self.config = config
