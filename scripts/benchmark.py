@@ -1,36 +1,47 @@
 """Times our stages beside the other libraries that are installed here: seconds, ratios, memory.
 
 \b
-  text     a prompt of 77 tokens through the text encoder
-  step     one guided step: the UNet on a batch of 2
-  decode   latents to a picture
-  picture  a whole one, from the prompt: text, --steps guided steps, decode
+  text     a prompt of 77 tokens through the text encoder, whatever --batch says
+  step     one guided step of --batch pictures: the UNet on twice as many
+  decode   latents to pictures
+  picture  whole ones, from the prompt: text, --steps guided steps, decode
 
-Every contestant runs in a process of its own. Those of one stage and dtype are loaded one after the
-other; then they take turns, round by round, one at work while the others wait, so that a machine
-that slows down slows all of them. A first run of each, which compiles, is not counted. Weights are
-random: nothing is downloaded, and the time is that of real ones. Who is not installed, lacks a
-stage, or dies, is named at the end.
+Every contestant runs in a process of its own. Those of one stage, dtype and batch are loaded one
+after the other; then they take turns, round by round, one at work while the others wait, so that a
+machine that slows down slows all of them. A first run of each, which compiles, is not counted.
+Weights are random: nothing is downloaded, and the time is that of real ones. Who is not installed,
+lacks a stage, or dies, is named at the end.
 
 \b
 Contestants:
-  ours           this package on Keras's backend (KERAS_BACKEND), by its public functions
-  ours-jit       the same with jit_compile=True
-  ours-openvino  the same with engine="openvino"
-  diffusers      diffusers' networks and pipeline on PyTorch
-  openvino       diffusers' networks, converted by openvino.convert_model
-  keras-cv       KerasCV's networks, which exist in one size: sd-1
+  ours                this package on Keras's backend (KERAS_BACKEND), by its public functions
+  ours-jit            the same with jit_compile=True
+  ours-openvino       the same with engine="openvino"
+  diffusers           diffusers' networks and pipeline on PyTorch
+  diffusers-compiled  the same through torch.compile, weights in channels-last format
+  openvino            diffusers' networks, converted by openvino.convert_model
+  keras-cv            KerasCV's networks on TensorFlow, which exist in one size: sd-1
 
-"ours / it" is the median of the rounds' ratios, the first contestant's seconds by this one's: below
-1, the first is faster. Peak memory is the process's while it runs, without loading; at Stable
-Diffusion's size, leave 5 GB for each contestant in float32. "ours" always has all four networks in
-memory, the others those of the stage.
+Times are those of a whole batch, up to results in the host's memory. "per s" is prompts or pictures
+a second, of a step the pictures that it moves on. "ours / it" is the median of the rounds' ratios,
+the first contestant's seconds by this one's: below 1, the first is faster. Peak memory is the
+process's while it runs, without loading; at Stable Diffusion's size, leave 5 GB for each contestant
+in float32. "ours" always has all four networks in memory, the others those of the stage.
+
+PyTorch, JAX and TensorFlow compute on a GPU if they find one, and peak memory is then what they
+have allocated there since the start; OpenVINO stays on the CPU. The table names the device.
 
 \b
 Examples:
-  scripts/benchmark.py --size tiny
-  scripts/benchmark.py --stage step --dtype bfloat16 --contestant ours --contestant openvino
-  scripts/benchmark.py --stage decode --image-size 1024 --rounds 3 --json decode.json
+  python scripts/benchmark.py --size tiny
+  python scripts/benchmark.py --stage step --dtype bfloat16 --contestant ours --contestant openvino
+  python scripts/benchmark.py --stage decode --image-size 1024 --rounds 3 --json decode.json
+
+\b
+On a GPU, with JAX, diffusers and transformers, from a clone and without TensorFlow:
+  KERAS_BACKEND=jax PYTHONPATH=. python scripts/benchmark.py --stage step --stage picture \\
+    --dtype bfloat16 --batch 1 --batch 8 --contestant ours --contestant diffusers \\
+    --contestant diffusers-compiled --json gpu.json
 """
 
 import gc
@@ -45,6 +56,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,6 +91,12 @@ SIZES = {
 }
 PROMPT = "a photograph of an astronaut riding a horse"
 GUIDANCE = 7.5
+MIB = 2**20
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+SHARING = {  # contestants wait on the same GPU: each takes the memory that it needs, not all
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+}
 
 
 class CannotRun(Exception):
@@ -92,6 +110,7 @@ class Job:
     contestant: str
     stage: str
     dtype: str
+    batch: int
     size: str
     image_size: int
     steps: int
@@ -131,7 +150,7 @@ def ours(job: Job, **options: Any) -> Callable[[], Any]:
         sd = StableDiffusion.from_models(Models(job.config, **parts), **sizes, **options)
     except (TypeError, ValueError, ImportError) as error:
         raise CannotRun(str(error)) from error
-    latents, context = job.latents(1), job.context(1)
+    latents, context = job.latents(job.batch), job.context(job.batch)
     drawing = {"unconditional_guidance_scale": GUIDANCE, "seed": 0, "progress": False}
 
     def step():
@@ -149,7 +168,9 @@ def ours(job: Job, **options: Any) -> Callable[[], Any]:
         "text": lambda: sd.encode_text(PROMPT),
         "step": step,
         "decode": lambda: sd.decode(latents),
-        "picture": lambda: sd.generate(PROMPT, num_steps=job.steps, **drawing),
+        "picture": lambda: sd.generate(
+            PROMPT, batch_size=job.batch, num_steps=job.steps, **drawing
+        ),
     }[job.stage]
 
 
@@ -190,57 +211,74 @@ class Reference:
             return module, lambda ids: module(ids)[0], (torch.tensor(job.token_ids),)
         if job.stage == "step":
             module = self.unet()
-            timesteps = torch.tensor([981.0, 981.0])
-            inputs = channels_first(job.latents(2)), timesteps, torch.tensor(job.context(2))
+            both = 2 * job.batch  # with the prompt and without
+            timesteps = torch.full((both,), 981.0)
+            inputs = channels_first(job.latents(both)), timesteps, torch.tensor(job.context(both))
             return module, lambda *inputs: module(*inputs, return_dict=False)[0], inputs
         if job.stage == "decode":
             module = self.vae()
             decoder = torch.nn.Sequential(module.post_quant_conv, module.decoder)
-            return decoder, decoder, (channels_first(job.latents(1)),)
+            return decoder, decoder, (channels_first(job.latents(job.batch)),)
         raise CannotRun(f"has no {job.stage} stage of its own")
 
 
-def diffusers(job: Job) -> Callable[[], Any]:
+def diffusers(job: Job, compiled: bool = False) -> Callable[[], Any]:
     import torch
 
-    reference, dtype = Reference(job), getattr(torch, job.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, job.dtype)
+    layout = torch.channels_last if compiled else torch.preserve_format
+    compiler = torch.compile if compiled else lambda function: function
+
+    def placed(module):
+        return module.to(device, dtype, memory_format=layout)
+
+    reference = Reference(job)
     if job.stage == "picture":
-        return _diffusers_picture(reference, dtype)
+        return _diffusers_picture(reference, placed, compiler)
     module, call, inputs = reference.network()
-    module.to(dtype)
-    inputs = [x.to(dtype) if x.ndim > 1 and x.is_floating_point() else x for x in inputs]
+    placed(module)
+    call = compiler(call)
+    inputs = [
+        x.to(device, dtype if x.ndim > 1 and x.is_floating_point() else x.dtype) for x in inputs
+    ]
 
     @torch.inference_mode()
     def run():
-        return call(*inputs)
+        return call(*inputs).cpu()  # waits for the GPU
 
     return run
 
 
-def _diffusers_picture(reference: Reference, dtype: Any) -> Callable[[], Any]:
+def _diffusers_picture(
+    reference: Reference, placed: Callable, compiler: Callable
+) -> Callable[[], Any]:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     job = reference.job
-    text_encoder = reference.text_encoder().to(dtype)
+    vae = placed(reference.vae())
+    vae.decoder = compiler(vae.decoder)
+    text_encoder = compiler(placed(reference.text_encoder()))
     pipeline = StableDiffusionPipeline(
-        vae=reference.vae().to(dtype),
+        vae=vae,
         text_encoder=text_encoder,
         tokenizer=None,  # whose vocabulary would have to be downloaded
-        unet=reference.unet().to(dtype),
+        unet=compiler(placed(reference.unet())),
         scheduler=DDIMScheduler.from_config(reference.files["scheduler/scheduler_config.json"]),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    ids = torch.tensor(job.token_ids)
+    ids = torch.tensor(job.token_ids, device=pipeline.device)
 
     @torch.inference_mode()
     def run():
         return pipeline(
             prompt_embeds=text_encoder(ids)[0],
             negative_prompt_embeds=text_encoder(ids)[0],
+            num_images_per_prompt=job.batch,
             height=job.image_size,
             width=job.image_size,
             num_inference_steps=job.steps,
@@ -279,6 +317,8 @@ def openvino(job: Job) -> Callable[[], Any]:
 
 
 def keras_cv(job: Job) -> Callable[[], Any]:
+    if (backend := os.environ["KERAS_BACKEND"]) != "tensorflow":
+        raise CannotRun(f"needs TensorFlow; KERAS_BACKEND is {backend}")
     if job.size != "sd-1":
         raise CannotRun("has networks of one size, sd-1")
     if job.stage == "picture":
@@ -295,24 +335,61 @@ def keras_cv(job: Job) -> Callable[[], Any]:
         inputs = [job.token_ids.astype(np.int32), positions]
     elif job.stage == "step":
         network = diffusion_model.DiffusionModel(size, size, length, download_weights=False)
+        both = 2 * job.batch
         inputs = {
-            "latent": job.latents(2),
-            "timestep_embedding": job.normal(2, 320),
-            "context": job.context(2),
+            "latent": job.latents(both),
+            "timestep_embedding": job.normal(both, 320),
+            "context": job.context(both),
         }
     else:
         network = decoder.Decoder(size, size, download_weights=False)
-        inputs = job.latents(1)
+        inputs = job.latents(job.batch)
     return lambda: network.predict_on_batch(inputs)
 
 
-CONTESTANTS: dict[str, tuple[Callable[..., Callable[[], Any]], dict[str, Any]]] = {
-    "ours": (ours, {}),
-    "ours-jit": (ours, {"jit_compile": True}),
-    "ours-openvino": (ours, {"engine": "openvino"}),
-    "diffusers": (diffusers, {}),
-    "openvino": (openvino, {}),
-    "keras-cv": (keras_cv, {}),
+@dataclass(frozen=True)
+class Device:
+    name: str
+    peak_memory: Callable[[], float | None]
+    """Most memory that the process has held there, in MiB."""
+
+
+def cpu() -> Device:
+    return Device("cpu", peak_memory)
+
+
+def torch_device() -> Device:
+    import torch
+
+    if not torch.cuda.is_available():
+        return cpu()
+    return Device(torch.cuda.get_device_name(), lambda: torch.cuda.max_memory_allocated() / MIB)
+
+
+def keras_device() -> Device:
+    if os.environ["KERAS_BACKEND"] == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            return cpu()
+        return Device(device.device_kind, lambda: device.memory_stats()["peak_bytes_in_use"] / MIB)
+    from tensorflow import config
+
+    if not (gpus := config.list_physical_devices("GPU")):
+        return cpu()
+    details, memory = config.experimental.get_device_details, config.experimental.get_memory_info
+    return Device(details(gpus[0])["device_name"], lambda: memory("GPU:0")["peak"] / MIB)
+
+
+CONTESTANTS: dict[str, tuple[Callable[[Job], Callable[[], Any]], Callable[[], Device]]] = {
+    "ours": (ours, keras_device),
+    "ours-jit": (partial(ours, jit_compile=True), keras_device),
+    "ours-openvino": (partial(ours, engine="openvino"), cpu),
+    "diffusers": (diffusers, torch_device),
+    "diffusers-compiled": (partial(diffusers, compiled=True), torch_device),
+    "openvino": (openvino, cpu),
+    "keras-cv": (keras_cv, keras_device),
 }
 
 
@@ -325,19 +402,19 @@ def work(job: Job) -> None:
         print(json.dumps(message), file=out)
 
     try:
-        build, options = CONTESTANTS[job.contestant]
-        run = build(job, **options)
+        build, find_device = CONTESTANTS[job.contestant]
+        run, device = build(job), find_device()
         gc.collect()
         forget_peak()
         start = time.perf_counter()
         run()
-    except (CannotRun, ImportError) as error:
-        return say(cannot=str(error))
-    say(first=time.perf_counter() - start)
+    except (CannotRun, ImportError, RuntimeError) as error:  # no memory on the GPU, no compiler
+        return say(cannot=str(error).partition("\n")[0])
+    say(first=time.perf_counter() - start, device=device.name)
     for _ in sys.stdin:
         start = time.perf_counter()
         run()
-        say(seconds=time.perf_counter() - start, peak=peak_memory())
+        say(seconds=time.perf_counter() - start, peak=device.peak_memory())
 
 
 def forget_peak() -> None:
@@ -360,6 +437,7 @@ class Worker:
     def __init__(self, job: Job, log: Path):
         self.job = job
         self.first: float | None = None
+        self.device: str | None = None
         self.seconds: list[float] = []
         self.peak: float | None = None
         self._log = log
@@ -370,12 +448,13 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+                env={**os.environ, **QUIET, **SHARING},
             )
 
     def warm_up(self) -> None:
         """Waits until it has loaded and run once."""
-        self.first = self._answer()["first"]
+        answer = self._answer()
+        self.first, self.device = answer["first"], answer["device"]
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
@@ -406,8 +485,13 @@ class Worker:
         self._process.stdout.close()
 
 
+def label(job: Job) -> dict[str, Any]:
+    """What tells one job of a report from another."""
+    return {key: getattr(job, key) for key in ("stage", "dtype", "batch", "contestant")}
+
+
 def compare(jobs: Iterable[Job], rounds: int) -> tuple[list[Worker], list[dict[str, str]]]:
-    """Runs the contestants of one stage and dtype in turn: those that did, and why others not."""
+    """Runs contestants of the same task in turn: those that did, and why others not."""
     workers: list[Worker] = []
     skipped = []
 
@@ -416,8 +500,7 @@ def compare(jobs: Iterable[Job], rounds: int) -> tuple[list[Worker], list[dict[s
         try:
             yield
         except CannotRun as error:
-            where = {"contestant": job.contestant, "stage": job.stage, "dtype": job.dtype}
-            skipped.append({**where, "why": str(error)})
+            skipped.append({**label(job), "why": str(error)})
             workers[:] = [worker for worker in workers if worker.job != job]
 
     with ExitStack() as stack:
@@ -440,11 +523,11 @@ def rows(workers: Sequence[Worker]) -> Iterator[dict[str, Any]]:
     for worker in workers:
         pairs = zip(workers[0].seconds, worker.seconds, strict=True)
         yield {
-            "stage": worker.job.stage,
-            "dtype": worker.job.dtype,
-            "contestant": worker.job.contestant,
+            **label(worker.job),
+            "device": worker.device,
             "seconds": worker.seconds,
-            "median": statistics.median(worker.seconds),
+            "median": (median := statistics.median(worker.seconds)),
+            "per_second": worker.job.batch / median,
             "ratio": statistics.median(first / own for first, own in pairs),
             "first_run": worker.first,
             "peak_mib": worker.peak,
@@ -453,22 +536,28 @@ def rows(workers: Sequence[Worker]) -> Iterator[dict[str, Any]]:
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
     first = figures[0]["contestant"]
-    heads = ("stage", "dtype", "contestant", "median s", "min", "max", f"{first} / it", "peak MiB")
-    lines = [heads]
+    names = ("stage", "dtype", "batch", "contestant", "device")
+    lines = [(*names, "median s", "min", "max", "per s", f"{first} / it", "peak MiB")]
     for row in figures:
-        low, high = min(row["seconds"]), max(row["seconds"])
+        seconds = row["median"], min(row["seconds"]), max(row["seconds"])
+        numbers = [f"{value:.4g}" for value in (*seconds, row["per_second"])]
         peak = "?" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        numbers = [f"{value:.4g}" for value in (row["median"], low, high)]
-        ratio = f"{row['ratio']:.2f}"
-        lines.append((row["stage"], row["dtype"], row["contestant"], *numbers, ratio, peak))
+        lines.append((*(str(row[key]) for key in names), *numbers, f"{row['ratio']:.2f}", peak))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
+            cell.ljust(width) if i < len(names) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
+
+
+def processor() -> str:
+    with suppress(OSError, IndexError):  # Linux's
+        lines = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()
+        return lines[0].lstrip("\t: ")
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -493,13 +582,22 @@ def choices(name: str, known: Iterable[str], help: str) -> Callable:
 @choices("stage", STAGES, "What to time")
 @choices("dtype", DTYPES, "Of weights and arithmetic")
 @choices("contestant", CONTESTANTS, "Who; the first is what the others are compared with")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Pictures at a time; may be repeated.",
+)
 @click.option("--size", type=click.Choice(list(SIZES)), default="sd-1", show_default=True)
 @click.option("--image-size", type=int, help="Of pictures, in pixels; the model's own.")
 @click.option("--steps", default=20, show_default=True, help="Of a whole picture.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "path", type=Path, help="Also write everything to this file.")
 @click.option("--work", "job", hidden=True, help="What a contestant's process is started with.")
-def main(stages, dtypes, contestants, size, image_size, steps, rounds, path, job):
+def main(stages, dtypes, contestants, batches, size, image_size, steps, rounds, path, job):
     if job:
         return work(Job(**json.loads(job)))
     config = SIZES[size]
@@ -509,25 +607,28 @@ def main(stages, dtypes, contestants, size, image_size, steps, rounds, path, job
             f"must be a multiple of {config.autoencoder.factor}", param_hint="--image-size"
         )
     figures, skipped = [], []
-    for stage in stages or STAGES:
-        for dtype in dtypes or DTYPES:
-            jobs = [
-                Job(contestant, stage, dtype, size, image_size, steps)
-                for contestant in contestants or CONTESTANTS
-            ]
-            workers, absent = compare(jobs, rounds)
-            skipped += absent
-            if workers:
-                figures += rows(workers)
-                click.echo(table([*rows(workers)]) + "\n")
+    tasks = [
+        (stage, dtype, batch)
+        for stage in stages or STAGES
+        for dtype in dtypes or DTYPES
+        for batch in (batches if stage != "text" else (1,))
+    ]
+    for task in tasks:
+        jobs = [Job(one, *task, size, image_size, steps) for one in contestants or CONTESTANTS]
+        workers, absent = compare(jobs, rounds)
+        skipped += absent
+        if workers:
+            figures += rows(workers)
+            click.echo(table([*rows(workers)]) + "\n")
     for one in skipped:
-        click.echo("not run: {contestant}, {stage}, {dtype}: {why}".format(**one))
+        click.echo("not run: {contestant}, {stage}, {dtype}, batch {batch}: {why}".format(**one))
     if path:
         about = {"size": size, "image_size": image_size, "steps": steps, "rounds": rounds}
-        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
-        report = {**about, **machine, "versions": versions(), "rows": figures, "not_run": skipped}
-        with atomic_path(path) as partial:
-            partial.write_text(json.dumps(report, indent=1) + "\n")
+        machine = {"processor": processor(), "cpus": os.cpu_count()}
+        software = {"keras_backend": os.environ["KERAS_BACKEND"], "versions": versions()}
+        report = {**about, **machine, **software, "rows": figures, "not_run": skipped}
+        with atomic_path(path) as draft:
+            draft.write_text(json.dumps(report, indent=1) + "\n")
         click.echo(path)
 
 
