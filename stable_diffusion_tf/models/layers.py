@@ -140,19 +140,17 @@ class DotProductAttention(layers.Layer):
         return ops.dot_product_attention(q, k, v, scale=1.0, is_causal=self.causal)
 
     def _attend_in_blocks(self, q, k, v):
-        def by_head(x):  # (B, N, heads, d) -> (B * heads, N, 1, d)
-            _, count, _, width = ops.shape(x)
-            return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, count, 1, width))
-
         batch, count, heads, width = ops.shape(q)
         blocks = min(math.ceil(count * k.shape[1] / BLOCK), count)
         rows = math.ceil(count / blocks)
         q = ops.pad(q, ((0, 0), (0, blocks * rows - count), (0, 0), (0, 0)))
-        q, k, v = ops.reshape(by_head(q), (-1, rows, 1, width)), by_head(k), by_head(v)
+        q = ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (-1, rows, width))
+        k = ops.reshape(ops.transpose(k, (0, 2, 3, 1)), (batch * heads, width, -1))
+        v = ops.reshape(ops.transpose(v, (0, 2, 1, 3)), (batch * heads, -1, width))
 
         def block(i):
-            one = i // blocks
-            return self._attend(q[i][None], k[one][None], v[one][None])
+            weights = ops.softmax(ops.cast(ops.matmul(q[i], k[i // blocks]), "float32"))
+            return ops.matmul(ops.cast(weights, v.dtype), v[i // blocks])
 
         out = ops.map(block, ops.arange(batch * heads * blocks))
         out = ops.reshape(out, (batch, heads, blocks * rows, width))
