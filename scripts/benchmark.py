@@ -53,6 +53,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -408,8 +409,9 @@ def work(job: Job) -> None:
         forget_peak()
         start = time.perf_counter()
         run()
-    except (CannotRun, ImportError, RuntimeError) as error:  # no memory on the GPU, no compiler
-        return say(cannot=str(error).partition("\n")[0])
+    except (CannotRun, ImportError, RuntimeError) as error:  # such as no compiler
+        traceback.print_exc()
+        return say(cannot=str(error).partition("\n")[0] or type(error).__name__)
     say(first=time.perf_counter() - start, device=device.name)
     for _ in sys.stdin:
         start = time.perf_counter()

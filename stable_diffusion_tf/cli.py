@@ -329,6 +329,7 @@ def open_model(
     context: click.Context,
     like: Like | None,
     size: tuple[int, int] | None,
+    *,
     weights: str,
     vae: str | None,
     prediction: str | None,

@@ -33,8 +33,9 @@ class _once(cached_property):
 class Networks:
     """The text encoder, the UNet, and the autoencoder's encoder and decoder.
 
-    They are indexed by part, as `checkpoints.load.MODELS` names them. What the methods give has
-    been found finite: FloatingPointError, if a network overflowed. Threads may share them.
+    They are indexed by part, as `checkpoints.load.MODELS` names them. The arrays they give
+    have been found finite: FloatingPointError, if a network overflowed; what a `denoiser` computes,
+    once it is taken by `latents`. Threads may share them.
 
     Attributes:
         tile: pixels a side, at most, that the autoencoder sees at once; may be set.

@@ -17,7 +17,7 @@ class Task(NamedTuple):
     """How a task begins, samples and ends."""
 
     start: Any  # the latents to begin with, (B, h, w, 4)
-    sample: Callable  # a sampler
+    sample: Callable  # a sampler, its options bound
     channels: tuple = ()  # what the network sees beside the latents, (B, h, w, …)
     finish: Callable = lambda pictures: pictures  # the last touch
 
@@ -70,7 +70,7 @@ def prepare(
     first: Step,
     eps: np.ndarray,
 ) -> Task:
-    """Draws on nothing; on pictures (H, W, 3); or on those where masks (H, W, 1) are white.
+    """Returns the task: from nothing; over pictures (H, W, 3); or where masks (H, W, 1) are white.
 
     Args:
         config: the model's.
@@ -81,7 +81,7 @@ def prepare(
         first: the level of the images and of `eps` (B, h, w, 4) to start from.
     """
     originals = encode(images) if images else 0.0
-    start = ops.convert_to_tensor(add_noise(originals, eps, first))
+    start = ops.convert_to_tensor(add_noise(originals, eps, first), "float32")
     if not masks:
         return Task(start, sample)
 

@@ -70,7 +70,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 
 # No model has more, and a network of a billion layers would take forever to fail to load.
 MOST = 2**16  # of channels, tokens, timesteps
-DEEPEST = 64  # layers, or levels
+LAYERS = 64
+LEVELS = 8
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -135,12 +136,15 @@ class Fields:
         """Positive integers, one a level; a single one stands for all."""
         value = self.values.get(key, default)
         values = [value] * (levels or 1) if type(value) is int else value
+        counts = range(1, LEVELS + 1) if levels is None else [levels]
         if (
             not isinstance(values, list | tuple)
             or not all(type(v) is int and 0 < v <= MOST for v in values)
-            or len(values) != (levels or min(max(len(values), 1), DEEPEST))
+            or len(values) not in counts
         ):
-            self.refuse(key, f"one integer from 1 to {MOST} a level")
+            self.refuse(
+                key, f"one integer from 1 to {MOST} a level, of {counts[0]} to {counts[-1]} levels,"
+            )
         return tuple(values)
 
     def same(self, key: str, default: int, levels: int, most: int = MOST) -> int:
@@ -207,7 +211,7 @@ def _read_text_encoder(folder: Path) -> TextEncoderConfig:
         vocab_size=fields.integer("vocab_size", 49408, least=49408),  # all that the tokenizer has
         max_length=fields.integer("max_position_embeddings", 77, least=3),  # start, a token, end
         width=fields.integer("hidden_size", 512),
-        layers=fields.integer("num_hidden_layers", 12, most=DEEPEST),
+        layers=fields.integer("num_hidden_layers", 12, most=LAYERS),
         heads=fields.integer("num_attention_heads", 8),
         mlp_width=fields.integer("intermediate_size", 2048),
         activation=fields.choice("hidden_act", ACTIVATIONS, "quick_gelu"),
@@ -253,7 +257,7 @@ def _read_unet(fields: Fields) -> UNetConfig:
         in_channels=fields.integer("in_channels", 4),
         out_channels=fields.integer("out_channels", 4),
         widths=widths,
-        resnets=fields.same("layers_per_block", 2, levels, DEEPEST),
+        resnets=fields.same("layers_per_block", 2, levels, LAYERS),
         attention=attention,
         heads=fields.per_level("attention_head_dim", 8, levels),
         context_width=fields.same("cross_attention_dim", 1280, levels),
@@ -280,7 +284,7 @@ def read_autoencoder(path: Path) -> AutoencoderConfig:
             fields.refuse(key, f"{name!r} at each of the {len(widths)} levels")
     config = AutoencoderConfig(
         widths=widths,
-        resnets=fields.integer("layers_per_block", 1, most=DEEPEST),
+        resnets=fields.integer("layers_per_block", 1, most=LAYERS),
         latent_channels=fields.integer("latent_channels", 4),
         groups=fields.integer("norm_num_groups", 32),
         scale=fields.number("scaling_factor", 0.18215),

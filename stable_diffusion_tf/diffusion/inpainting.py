@@ -17,14 +17,15 @@ def repainting(sample: Callable, original, mask, eps) -> Callable:
     or noise alone.
 
     Args:
-        sample: a sampler. It must compute each latent from that latent alone, as all of
-            `stable_diffusion_tf.samplers` do, and leave it to `denoise` to look at the others.
+        sample: a sampler, its options bound. It must compute each latent from that latent alone, as
+            all of `stable_diffusion_tf.samplers` do, and leave it to `denoise` to look at the
+            others.
         original: the picture's latents, (B, h, w, c).
         mask: (B, h, w, 1), 1 to repaint and 0 to keep.
         eps: the unit normal noise on the original, shaped as it is, the same at all levels.
     """
 
-    def repaint(denoise, x, steps, noise, **options):
+    def repaint(denoise, x, steps, noise):
         first, start = steps[0], x
 
         def kept(step):
@@ -37,7 +38,7 @@ def repainting(sample: Callable, original, mask, eps) -> Callable:
         def denoise_blended(x, step):
             return denoise(blend(x, step), step)
 
-        drawn = sample(denoise_blended, x, steps, noise, **options)
+        drawn = sample(denoise_blended, x, steps, noise)
         for (x, x0), after in zip(drawn, [*steps[1:-1], CLEAN], strict=True):
             yield blend(x, after), x0
 

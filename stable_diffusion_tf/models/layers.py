@@ -176,13 +176,13 @@ def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):
 def upsample(x, name, like=None):
     """Twice the size by nearest neighbour, cut to that of `like`, then a convolution."""
     width = x.shape[-1]
-    x = Double()(x)
+    x = NearestUpsampling()(x)
     if like is not None:
         x = CropLike()(x, like)
     return conv(x, width, f"{name}.conv")
 
 
-class Double(layers.Layer):
+class NearestUpsampling(layers.Layer):
     """(B, H, W, C) -> (B, 2H, 2W, C): every position four times."""
 
     def call(self, x):

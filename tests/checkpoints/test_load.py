@@ -327,7 +327,7 @@ def test_presets_are_found_in_a_clone_and_in_a_wheel(tmp_path, tiny_folder, monk
         ("vae/config.json", {"scaling_factor": 10**400}, "a positive number is"),
         ("vae/config.json", {"layers_per_block": 10**9}, "an integer from 1 to 64 is"),
         ("unet/config.json", {"layers_per_block": 10**4}, "64 at most, is"),
-        ("unet/config.json", {"block_out_channels": [32] * 1000}, "block_out_channels"),
+        ("unet/config.json", {"block_out_channels": [32] * 9}, "of 1 to 8 levels, is"),
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "an integer from 1 to 64 is"),
         ("vae/config.json", {"down_block_types": ["AttnDown", "AttnDown"]}, "down_block_types"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act = 'relu'"),

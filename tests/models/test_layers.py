@@ -13,9 +13,9 @@ from stable_diffusion_tf.models import layers
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
-    Double,
     GroupNormalization,
     LayerNormalization,
+    NearestUpsampling,
     gelu,
 )
 
@@ -42,25 +42,32 @@ def twins(ours, theirs, shape):
     return ours, theirs
 
 
-def gradients(layer, *inputs):
-    """Of a sum in which every output has another weight."""
+def gradients(layer, x):
+    """By the input, then by the weights: of a sum in which every output has another weight."""
+
+    def total(x):
+        out = layer(x)
+        return ops.sum(out * ops.cos(ops.reshape(ops.arange(ops.size(out)), ops.shape(out))))
+
     if keras.backend.backend() == "jax":
         import jax
 
-        def loss(values):
+        def loss(x, values):
             pairs = list(zip(layer.variables, values, strict=True))
             with keras.StatelessScope(state_mapping=pairs):
-                out = layer(*inputs)
-            return ops.sum(out * ops.cos(ops.reshape(ops.arange(ops.size(out)), ops.shape(out))))
+                return total(x)
 
-        return jax.grad(loss)([v.value for v in layer.variables])
+        by_input, by_weights = jax.grad(loss, (0, 1))(
+            ops.convert_to_tensor(x), [v.value for v in layer.variables]
+        )
+        return [by_input, *by_weights]
     import tensorflow as tf
 
+    x = tf.convert_to_tensor(x)
     with tf.GradientTape() as tape:
-        out = layer(*inputs)
-        place = tf.reshape(tf.range(tf.size(out), dtype="float32"), tf.shape(out))
-        loss = tf.reduce_sum(out * tf.cos(place))
-    return tape.gradient(loss, [v.value for v in layer.variables])
+        tape.watch(x)
+        loss = total(x)
+    return tape.gradient(loss, [x, *(v.value for v in layer.variables)])
 
 
 @pytest.mark.parametrize(("kernel", "size"), [(3, (2, 3)), (3, (1, 1)), (1, (4, 2)), (3, (8, 8))])
@@ -121,7 +128,10 @@ def test_normalization_is_differentiated(norm):
 
 def test_twice_the_size():
     x = normal(2, 3, 5, 4)
-    close(Double()(x), plain.UpSampling2D(2)(x), 0)
+    ours, theirs = NearestUpsampling(), plain.UpSampling2D(2)
+    close(ours(x), theirs(x), 0)
+    (found,), (expected,) = gradients(ours, x), gradients(theirs, x)
+    close(found, expected)
 
 
 def test_gelu():
