@@ -1,5 +1,6 @@
 """Engines: what the Keras backend has traced, run by another."""
 
+from collections import Counter
 from dataclasses import replace
 
 import keras
@@ -11,7 +12,7 @@ from tiny import TINY, write_folder
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
-from stable_diffusion_tf.compile import compiler
+from stable_diffusion_tf.compile import compiler, openvino
 
 SIZE = {"img_height": 14, "img_width": 10}  # of odd latents
 RNG = np.random.default_rng(0)
@@ -85,6 +86,18 @@ def test_timesteps_stay_exact_in_bfloat16(tiny_model):
         return np.asarray(run(latents, np.array([step], np.float32), context), np.float32)
 
     assert abs(predicted(981) - predicted(980)).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_norms_and_attention_become_the_engines_own_operations(tiny_model, dtype):
+    unet = load(tiny_model, dtype).unet
+    inputs = [np.zeros(s, "f") for s in ((1, 8, 8, 4), (1,), (1, 77, 32))]
+    traced = openvino._traced(lambda *inputs: unet(inputs), unet.variables, inputs)
+    model, *_ = openvino._converted(traced, unet.variables, [x.shape for x in inputs])
+    found = Counter(node.get_type_name() for node in model.get_ops())
+    layers = Counter(type(layer).__name__ for layer in unet.layers)
+    assert found["GroupNormalization"] == layers["GroupNormalization"] > 0
+    assert found["ScaledDotProductAttention"] == layers["DotProductAttention"] > 0
 
 
 def test_an_engine_compiles_once_a_shape_and_takes_the_weights_then():

@@ -85,25 +85,59 @@ def _converted(traced, variables, shapes):
     waves = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
     model.add_results([opset13.result(node) for node in waves])
     _fuse_attention(model)
+    _fuse_group_norms(model)
     return model, names[len(variables) :], traced.structured_outputs, weights
+
+
+def _source(node, i=0):
+    """What the node's input `i` is made by, past casts."""
+    while (node := node.input_value(i).get_node()).get_type_name() == "Convert":
+        i = 0
+    return node
+
+
+def _are(nodes, types):
+    return [node.get_type_name() for node in nodes] == types.split()
+
+
+def _fuse_group_norms(model):
+    """Makes `GroupNormalization`, as `models.layers` writes it, the one operation there is.
+
+    Without it, groups keep channels last, between convolutions that have them first.
+    """
+    first, last = (opset13.constant(np.array(axes)) for axes in ((0, 3, 1, 2), (0, 2, 3, 1)))
+    for node in model.get_ordered_ops():
+        if not (_are([node], "Reshape") and _are([total := _source(node)], "Add")):
+            continue
+        product, shift = _source(total), _source(total, 1)  # x * scale, beta - mean * scale
+        if not _are([product, shift], "Multiply Subtract"):
+            continue
+        x, scale, beta = _source(product), _source(product, 1), _source(shift)
+        if not _are([x, scale, beta], "Reshape Multiply Reshape"):
+            continue
+        gamma, deviation = _source(scale), _source(scale, 1)  # (variance + epsilon)**-0.5
+        if not _are([gamma, deviation], "Reshape Power"):
+            continue
+        data = x.input_value(0)
+        weights = (opset13.convert_like(w.input_value(0), data) for w in (gamma, beta))
+        groups = x.get_output_partial_shape(0)[2].get_length()
+        epsilon = _source(_source(deviation), 1).get_data().item()
+        fused = opset13.group_normalization(
+            opset13.transpose(data, first), *weights, groups, epsilon
+        )
+        node.output(0).replace(opset13.transpose(fused, last).output(0))
 
 
 def _fuse_attention(model):
     """Makes softmax(scale * q k^T) v, as Keras writes it, the one operation that OpenVINO has."""
 
-    def source(node):  # what a node is made of, past casts
-        while (node := node.input_value(0).get_node()).get_type_name() == "Convert":
-            pass
-        return node
-
     swap = opset13.constant(np.array([0, 2, 1, 3]))  # (B, N, heads, d) <-> (B, heads, N, d)
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "Einsum" or source(node).get_type_name() != "Softmax":
+        if not (_are([node], "Einsum") and _are([softmax := _source(node)], "Softmax")):
             continue
-        scaled = source(source(node))
-        if scaled.get_type_name() != "Multiply":  # masked
+        if not _are([scaled := _source(softmax)], "Multiply"):  # masked
             continue
-        logits = source(scaled)
+        logits = _source(scaled)
         scale = opset13.convert_like(scaled.input_value(1), logits)
         q, k, v = (
             opset13.transpose(values, swap)
