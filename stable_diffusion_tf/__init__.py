@@ -7,7 +7,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # Keras reads it once, when it is imported
+# Keras reads the first once, when it is imported, TensorFlow the others at its first tensor: memory
+# that it needs again and again it then keeps, as it does with oneDNN, up to a terabyte.
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
+os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(2**20))
 
 if TYPE_CHECKING:
     from stable_diffusion_tf.checkpoints.hub import DownloadError as DownloadError

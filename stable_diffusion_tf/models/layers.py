@@ -13,8 +13,8 @@ from keras import layers, ops
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
-# Attention weights of one head in memory at once: 8 MB, which caches still hold. JAX has fused
-# attention of its own where it counts.
+# Attention weights in memory at once: 8 MB, which caches still hold. JAX has fused attention of its
+# own where it counts.
 BLOCK = 2**21 if keras.backend.backend() == "tensorflow" else math.inf
 
 
@@ -114,8 +114,9 @@ class DotProductAttention(layers.Layer):
     """softmax(q k^T / sqrt(d)) v over `heads` heads (Vaswani et al. 2017, arXiv:1706.03762).
 
     q (B, ..., C), k and v (B, ..., C) -> like q. Softmax runs in float32; under float16 so do
-    the products, which overflow it in Stable Diffusion 2.1. Where one head has more than `BLOCK`
-    weights, its queries are taken in blocks, one after the other: each is exact by itself.
+    the products, which overflow it in Stable Diffusion 2.1. Where the heads have more than `BLOCK`
+    weights together, they are taken one after the other, and a head's queries in blocks of no more:
+    each is exact by itself.
     """
 
     def __init__(self, heads, causal=False, **kwargs):
@@ -132,7 +133,7 @@ class DotProductAttention(layers.Layer):
         q, k, v = split(q), split(k), split(v)
         q = q * q.shape[-1] ** -0.5  # here, not on their products, of which there are more
         sizes = q.shape[1], k.shape[1]
-        split_up = None not in sizes and math.prod(sizes) > BLOCK and not self.causal
+        split_up = None not in sizes and math.prod(sizes) * self.heads > BLOCK and not self.causal
         attend = self._attend_in_blocks if split_up else self._attend
         return ops.cast(ops.reshape(attend(q, k, v), shape), self.compute_dtype)
 
