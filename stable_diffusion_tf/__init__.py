@@ -7,11 +7,12 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Keras reads the first once, when it is imported, TensorFlow the others at its first tensor: memory
-# that it needs again and again it then keeps, as it does with oneDNN, up to a terabyte.
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
-os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(2**20))
+# Keras reads its backend once, when it is imported. TensorFlow reads the others at its first
+# tensor: from then on it keeps the memory that it has had, since new pages cost a tenth of a step,
+# and takes whatever there is (a terabyte, in MB, not 64 GB).
+if os.environ.setdefault("KERAS_BACKEND", "tensorflow") == "tensorflow":
+    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
+    os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(2**20))
 
 if TYPE_CHECKING:
     from stable_diffusion_tf.checkpoints.hub import DownloadError as DownloadError

@@ -1,18 +1,22 @@
-"""Engines: what the Keras backend has traced, run by another."""
+"""Engines, which run what the Keras backend has traced, and how TensorFlow is set up."""
 
-from collections import Counter
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
 import synth
+from keras import ops
 from tiny import TINY, write_folder
 
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.compile import compiler, openvino
+from stable_diffusion_tf.models.layers import DotProductAttention, GroupNormalization
 
 SIZE = {"img_height": 14, "img_width": 10}  # of odd latents
 RNG = np.random.default_rng(0)
@@ -88,16 +92,43 @@ def test_timesteps_stay_exact_in_bfloat16(tiny_model):
     assert abs(predicted(981) - predicted(980)).max() > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"]
+)
 def test_norms_and_attention_become_the_engines_own_operations(tiny_model, dtype):
-    unet = load(tiny_model, dtype).unet
-    inputs = [np.zeros(s, "f") for s in ((1, 8, 8, 4), (1,), (1, 77, 32))]
-    traced = openvino._traced(lambda *inputs: unet(inputs), unet.variables, inputs)
-    model, *_ = openvino._converted(traced, unet.variables, [x.shape for x in inputs])
-    found = Counter(node.get_type_name() for node in model.get_ops())
-    layers = Counter(type(layer).__name__ for layer in unet.layers)
-    assert found["GroupNormalization"] == layers["GroupNormalization"] > 0
-    assert found["ScaledDotProductAttention"] == layers["DotProductAttention"] > 0
+    models = load(tiny_model, dtype)
+    latents, timesteps, context = (np.zeros(s, "f") for s in ((1, 8, 8, 4), (1,), (1, 77, 32)))
+    for model, *inputs in (
+        (models.unet, latents, timesteps, context),
+        (models.decoder, latents),
+    ):
+        call = (lambda *x: models.unet(x)) if model is models.unet else model
+        traced = openvino._traced(call, model.variables, inputs)
+        converted, *_ = openvino._converted(traced, model.variables, [x.shape for x in inputs])
+        nodes = [(node.get_type_name(), node.get_attributes()) for node in converted.get_ops()]
+        found = [
+            (attributes["num_groups"], pytest.approx(attributes["epsilon"]))
+            for kind, attributes in nodes
+            if kind == "GroupNormalization"
+        ]
+        norms = [layer for layer in model.layers if isinstance(layer, GroupNormalization)]
+        assert sorted(found, key=str) == sorted([(n.groups, n.epsilon) for n in norms], key=str)
+        attentions = sum(isinstance(layer, DotProductAttention) for layer in model.layers)
+        assert sum(kind == "ScaledDotProductAttention" for kind, _ in nodes) == attentions > 0
+
+
+def test_a_network_beside_a_match_is_left_alone():
+    """An instance norm, which is like a group norm but for its means."""
+    gamma, beta = RNG.standard_normal((2, 2, 3), dtype="f")
+
+    def function(x):
+        rows = ops.reshape(x, (ops.shape(x)[0], -1, 2, 3))
+        mean, variance = ops.moments(rows, axes=[1], keepdims=True)
+        scale = gamma * ops.rsqrt(variance + 1e-5)
+        return ops.reshape(rows * scale + (beta - mean * scale), ops.shape(x))
+
+    x = RNG.standard_normal((1, 4, 4, 6), dtype="f")
+    np.testing.assert_allclose(compiler("openvino")(function)(x), function(x), atol=1e-5)
 
 
 def test_an_engine_compiles_once_a_shape_and_takes_the_weights_then():
@@ -154,3 +185,17 @@ def test_an_engine_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setattr(compile_module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'run `pip install "stable-diffusion-tf\[openvino\]"`'):
         compiler("openvino")
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"), [({}, True), ({"TF_CPU_ALLOCATOR_USE_BFC": "0"}, False)]
+)
+def test_tensorflow_keeps_its_memory_unless_told_otherwise(setting, kept):
+    unset = {key: value for key, value in os.environ.items() if not key.startswith("TF_CPU_")}
+    logged = {"TF_CPP_VMODULE": "bfc_allocator=1", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    code = "import stable_diffusion_tf, tensorflow as tf; tf.zeros(3)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=unset | logged | setting, capture_output=True, text=True
+    )
+    assert run.returncode == 0
+    assert ("BFCAllocator named: bfc_cpu" in run.stderr) == kept

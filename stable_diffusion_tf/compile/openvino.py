@@ -84,67 +84,63 @@ def _converted(traced, variables, shapes):
     # leads to an output, it does not: so sines become outputs.
     waves = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
     model.add_results([opset13.result(node) for node in waves])
-    _fuse_attention(model)
-    _fuse_group_norms(model)
+    _replace(model, ATTENTION, _attention)
+    _replace(model, GROUP_NORM, _group_norm)
     return model, names[len(variables) :], traced.structured_outputs, weights
 
 
-def _source(node, i=0):
-    """What the node's input `i` is made by, past casts."""
-    while (node := node.input_value(i).get_node()).get_type_name() == "Convert":
-        i = 0
-    return node
+def _found(value, pattern):
+    """What the names of a pattern stand for in what `value` is made of; None: it is made otherwise.
 
-
-def _are(nodes, types):
-    return [node.get_type_name() for node in nodes] == types.split()
-
-
-def _fuse_group_norms(model):
-    """Makes `GroupNormalization`, as `models.layers` writes it, the one operation there is.
-
-    Without it, groups keep channels last, between convolutions that have them first.
+    A pattern is a name, or an operation and the patterns of its first inputs; casts count as none.
     """
-    first, last = (opset13.constant(np.array(axes)) for axes in ((0, 3, 1, 2), (0, 2, 3, 1)))
+    if isinstance(pattern, str):
+        return {pattern: value}
+    while (node := value.get_node()).get_type_name() == "Convert":
+        value = node.input_value(0)
+    operation, *patterns = pattern
+    if node.get_type_name() != operation:
+        return None
+    parts = [_found(*pair) for pair in zip(node.input_values(), patterns, strict=False)]
+    return None if None in parts else {name: v for part in parts for name, v in part.items()}
+
+
+def _replace(model, pattern, operation):
+    """Puts `operation(**found)` in place of all that fits the pattern."""
     for node in model.get_ordered_ops():
-        if not (_are([node], "Reshape") and _are([total := _source(node)], "Add")):
-            continue
-        product, shift = _source(total), _source(total, 1)  # x * scale, beta - mean * scale
-        if not _are([product, shift], "Multiply Subtract"):
-            continue
-        x, scale, beta = _source(product), _source(product, 1), _source(shift)
-        if not _are([x, scale, beta], "Reshape Multiply Reshape"):
-            continue
-        gamma, deviation = _source(scale), _source(scale, 1)  # (variance + epsilon)**-0.5
-        if not _are([gamma, deviation], "Reshape Power"):
-            continue
-        data = x.input_value(0)
-        weights = (opset13.convert_like(w.input_value(0), data) for w in (gamma, beta))
-        groups = x.get_output_partial_shape(0)[2].get_length()
-        epsilon = _source(_source(deviation), 1).get_data().item()
-        fused = opset13.group_normalization(
-            opset13.transpose(data, first), *weights, groups, epsilon
-        )
-        node.output(0).replace(opset13.transpose(fused, last).output(0))
+        if node.get_type_name() == pattern[0] and (found := _found(node.output(0), pattern)):
+            value = opset13.convert(operation(**found), node.get_output_element_type(0))
+            node.output(0).replace(value.output(0))
 
 
-def _fuse_attention(model):
-    """Makes softmax(scale * q k^T) v, as Keras writes it, the one operation that OpenVINO has."""
+# softmax(scale * q k^T) v, as Keras writes it.
+ATTENTION = ("Einsum", ("Softmax", ("Multiply", ("Einsum", "q", "k"), "scale")), "v")
 
+
+def _attention(q, k, v, scale):
     swap = opset13.constant(np.array([0, 2, 1, 3]))  # (B, N, heads, d) <-> (B, heads, N, d)
-    for node in model.get_ordered_ops():
-        if not (_are([node], "Einsum") and _are([softmax := _source(node)], "Softmax")):
-            continue
-        if not _are([scaled := _source(softmax)], "Multiply"):  # masked
-            continue
-        logits = _source(scaled)
-        scale = opset13.convert_like(scaled.input_value(1), logits)
-        q, k, v = (
-            opset13.transpose(values, swap)
-            for values in (*logits.input_values(), node.input_value(1))
-        )
-        fused = opset13.scaled_dot_product_attention(q, k, v, scale=scale)
-        node.output(0).replace(opset13.transpose(fused, swap).output(0))
+    q, k, v = (opset13.transpose(x, swap) for x in (q, k, v))
+    scale = opset13.convert_like(scale, q)
+    return opset13.transpose(opset13.scaled_dot_product_attention(q, k, v, scale=scale), swap)
+
+
+# x * scale + (beta - mean * scale), as `models.layers.GroupNormalization` writes it.
+_MEAN = ("ReduceMean", ("ReduceMean",))  # of pixels, then of a group's channels
+_VARIANCE = ("ReduceMean", ("Add", ("ReduceMean", ("SquaredDifference",))))
+_SCALE = ("Multiply", ("Reshape", "gamma", "shape"), ("Power", ("Add", _VARIANCE, "epsilon")))
+_SHIFT = ("Subtract", ("Reshape", "beta"), ("Multiply", _MEAN, _SCALE))
+GROUP_NORM = ("Reshape", ("Add", ("Multiply", ("Reshape", "x"), _SCALE), _SHIFT))
+
+
+def _group_norm(x, gamma, beta, shape, epsilon):
+    """OpenVINO's own has channels first, like its convolutions, and weights of x's type."""
+    first, last = (opset13.constant(np.array(axes)) for axes in ((0, 3, 1, 2), (0, 2, 3, 1)))
+    gamma, beta = (opset13.convert_like(weights, x) for weights in (gamma, beta))
+    groups, _ = shape.get_node().get_data()  # of gamma: groups, and channels of each
+    epsilon = epsilon.get_node().get_data()
+    x = opset13.transpose(x, first)
+    x = opset13.group_normalization(x, gamma, beta, int(groups), float(epsilon))
+    return opset13.transpose(x, last)
 
 
 def _loaded(model, names, structure, weights):

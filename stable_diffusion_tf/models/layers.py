@@ -13,8 +13,8 @@ from keras import layers, ops
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
-# Attention weights in memory at once: 8 MB, which caches still hold. JAX has fused attention of its
-# own where it counts.
+# Attention weights that are computed in one piece: 8 MB, which caches still hold. JAX has fused
+# attention of its own where it counts.
 BLOCK = 2**21 if keras.backend.backend() == "tensorflow" else math.inf
 
 
@@ -114,9 +114,9 @@ class DotProductAttention(layers.Layer):
     """softmax(q k^T / sqrt(d)) v over `heads` heads (Vaswani et al. 2017, arXiv:1706.03762).
 
     q (B, ..., C), k and v (B, ..., C) -> like q. Softmax runs in float32; under float16 so do
-    the products, which overflow it in Stable Diffusion 2.1. Where the heads have more than `BLOCK`
-    weights together, they are taken one after the other, and a head's queries in blocks of no more:
-    each is exact by itself.
+    the products, which overflow it in Stable Diffusion 2.1. Where a picture's heads have more than
+    `BLOCK` weights together, each is computed by itself, in blocks of queries that have no more:
+    every query's result is exact.
     """
 
     def __init__(self, heads, causal=False, **kwargs):
