@@ -117,8 +117,8 @@ def test_norms_and_attention_become_the_engines_own_operations(tiny_model, dtype
         assert sum(kind == "ScaledDotProductAttention" for kind, _ in nodes) == attentions > 0
 
 
-def test_a_network_beside_a_match_is_left_alone():
-    """An instance norm, which is like a group norm but for its means."""
+def test_an_instance_norm_is_not_taken_for_a_group_norm():
+    """It is written like one, but for its means."""
     gamma, beta = RNG.standard_normal((2, 2, 3), dtype="f")
 
     def function(x):
