@@ -1,9 +1,9 @@
 """Trains the embedded default model from emoji artwork and saves it as a folder to load.
 
 First the autoencoder, then text-conditional diffusion in its latents, the text encoder trained
-along, then the decoder once more, on what denoising gives it. Kill it at any moment and run it
-again: it goes on from its last save. Losses, saves and a picture sheet every so often are in the
-runs folder.
+along, then the decoder once more, on what denoising gives it and against an adversary. Kill it at
+any moment and run it again: it goes on from its last save. Losses, saves and a picture sheet every
+so often are in the runs folder.
 """
 
 import os
@@ -41,6 +41,7 @@ from stable_diffusion_tf.images import (
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 from stable_diffusion_tf.pipeline import StableDiffusion
 from stable_diffusion_tf.tokenizer import Tokenizer
+from stable_diffusion_tf.training.adversary import Discriminator, adversary
 from stable_diffusion_tf.training.data import NOISE, noisy_batches, random, shuffled
 from stable_diffusion_tf.training.loop import train
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
@@ -80,6 +81,13 @@ EMOJI = ModelConfig(
     show_default=True,
     type=click.IntRange(1),
     help="Of the decoder on denoised latents.",
+)
+@click.option(
+    "--adversary-weight",
+    default=0.05,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Of looking like an artwork, beside the distance to one, in the decoder's steps.",
 )
 @click.option(
     "--dtype",
@@ -124,6 +132,7 @@ def main(
     autoencoder_steps,
     steps,
     decoder_steps,
+    adversary_weight,
     dtype,
     norm,
     shift,
@@ -166,7 +175,17 @@ def main(
         folder=runs / "diffusion",
         jit=jit,
     )
-    train_decoder(models, latents, shown, captions, decoder_steps, seed, runs / "decoder", jit)
+    train_decoder(
+        models,
+        latents,
+        shown,
+        captions,
+        weight=adversary_weight,
+        steps=decoder_steps,
+        seed=seed,
+        folder=runs / "decoder",
+        jit=jit,
+    )
     save(models, target, dtype="float16")
 
 
@@ -280,23 +299,31 @@ def train_diffusion(
     )
 
 
-def train_decoder(models, latents, images, captions, steps, seed, folder, jit, batch_size=32):
+def train_decoder(
+    models, latents, images, captions, *, weight, steps, seed, folder, jit, batch_size=16
+):
     """Trains the decoder alone, on x0 that the trained network sees in a little noise."""
     noisy = emoji_batches(models, latents, captions, batch_size, seed, shift=0.05)
+    keras.utils.set_random_seed(seed)  # of the discriminator's initial weights
+    discriminator = Discriminator()
 
     def batch(step):  # and the artworks, in the order that `noisy_batches` takes them
         return *noisy(step), signed(images[shuffled(len(images), batch_size, seed, step)])
 
     train(
         denoised_loss(
-            models.text_encoder, models.unet, models.decoder, models.config.schedule.prediction
+            models.text_encoder,
+            models.unet,
+            models.decoder,
+            models.config.schedule.prediction,
+            adversary=adversary(discriminator, weight),
         ),
         batch,
-        [models.decoder],
-        adamw(1e-3, steps, ema_momentum=0.99),
+        [models.decoder, discriminator],
+        adamw(5e-4, steps, ema_momentum=0.99),
         steps=steps,
         folder=folder,
-        recipe={"batch_size": batch_size, "seed": seed},
+        recipe={"batch_size": batch_size, "seed": seed, "adversary_weight": weight},
         save_every=200,
         jit=jit,
     )

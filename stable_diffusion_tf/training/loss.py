@@ -8,15 +8,16 @@ from stable_diffusion_tf.diffusion.schedule import Step
 NORMS = {"l2": ops.square, "l1": ops.abs}
 
 
-def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0):
+def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0, adversary=None):
     """Returns `loss(images, noise)`: L1 of pixels and of their differences, and a light KL term.
 
     The KL-regularised autoencoder of arXiv:2112.10752 (section 3.1); L1 of the differences between
-    neighbouring pixels keeps edges sharp where that paper has a perceptual and an adversarial loss.
+    neighbouring pixels keeps edges sharp where that paper has a perceptual loss. Its adversarial
+    one is added by an `adversary`, see `training.adversary`.
 
     images (B, H, W, 3) in [-1, 1]; noise (B, h, w, channels), unit normal.
     """
-    distance = decoded_distance(decoder, edge_weight)
+    distance = decoded_distance(decoder, edge_weight, adversary)
 
     def loss(images, noise):
         mean, log_variance = ops.split(ops.cast(encoder(images), "float32"), 2, axis=-1)
@@ -29,16 +30,16 @@ def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0):
     return loss
 
 
-def denoised_loss(text_encoder, unet, decoder, prediction, edge_weight=1.0):
+def denoised_loss(text_encoder, unet, decoder, prediction, edge_weight=1.0, adversary=None):
     """Returns `loss(latents, noise, timesteps, alpha, sigma, token_ids, images)`, for the decoder.
 
     What the network makes of noisy latents lacks what the noise hid. A decoder that has only seen
     an encoder's latents shows that as a blur; here it learns what picture they come from, by the
-    distance of `autoencoder_loss`.
+    distance of `autoencoder_loss`, and to please an `adversary`, if there is one.
 
     Arguments as of `diffusion_loss`'s; images (B, H, W, 3) in [-1, 1], those of the latents.
     """
-    distance = decoded_distance(decoder, edge_weight)
+    distance = decoded_distance(decoder, edge_weight, adversary)
 
     def loss(latents, noise, timesteps, alpha, sigma, token_ids, images):
         step = Step(timesteps, alpha, sigma)
@@ -49,13 +50,17 @@ def denoised_loss(text_encoder, unet, decoder, prediction, edge_weight=1.0):
     return loss
 
 
-def decoded_distance(decoder, edge_weight):
-    """Returns `distance(latents, images)`: L1 of decoded pixels and of their differences."""
+def decoded_distance(decoder, edge_weight, adversary=None):
+    """Returns `distance(latents, images)`: L1 of decoded pixels and of their differences.
+
+    What an `adversary(images, decoded)` has to say of them is added.
+    """
 
     def distance(latents, images):
-        error = ops.cast(decoder(latents), "float32") - images
-        edges = sum(ops.mean(ops.abs(d)) for d in differences(error))
-        return ops.mean(ops.abs(error)) + edge_weight * edges
+        decoded = ops.cast(decoder(latents), "float32")
+        edges = sum(ops.mean(ops.abs(d)) for d in differences(decoded - images))
+        distance = ops.mean(ops.abs(decoded - images)) + edge_weight * edges
+        return distance if adversary is None else distance + adversary(images, decoded)
 
     return distance
 

@@ -1,0 +1,62 @@
+"""The adversary's terms against values and gradients known by hand."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from stable_diffusion_tf.compile import training_step
+from stable_diffusion_tf.training.adversary import Discriminator, adversary
+
+WHITE, GREY = np.ones((2, 8, 8, 3), "f"), np.full((2, 8, 8, 3), 0.5, "f")
+
+
+def colour_sum(weight):
+    """A discriminator whose scores are `weight` times the sum of a pixel's colours."""
+    model = keras.Sequential([layers.Input((None, None, 3)), layers.Conv2D(1, 1, use_bias=False)])
+    model.set_weights([np.full((1, 1, 3, 1), weight, "f")])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scores_a_colour", "told"),
+    [(0.0, 1 + 1), (0.1, 0.7 + 1.15), (1.0, 0 + 2.5), (-1.0, 4 + 0)],  # white 3, grey 1.5 of it
+)
+def test_the_hinge_loss_of_known_scores(scores_a_colour, told):
+    loss = adversary(colour_sum(scores_a_colour), weight=0.2)(WHITE, ops.convert_to_tensor(GREY))
+    assert float(loss) == pytest.approx(told - 0.2 * 1.5 * scores_a_colour)
+
+
+def test_decoder_and_discriminator_learn_apart():
+    """Each moves by its own term's gradient alone, in one step of one optimizer."""
+    discriminator, colour = colour_sum(0.1), keras.Variable(np.full(3, 0.5, "f"))
+    opponents = adversary(discriminator, weight=0.2)
+    variables = [colour, *discriminator.trainable_variables]
+    step = training_step(
+        lambda images: opponents(images, ops.broadcast_to(colour, images.shape)),
+        variables,
+        keras.optimizers.SGD(1.0),
+    )
+    step(WHITE)
+    np.testing.assert_allclose(colour, np.full(3, 0.5 + 0.2 * 0.1), rtol=1e-6)
+    np.testing.assert_allclose(variables[1], np.full((1, 1, 3, 1), 0.1 + 1 - 0.5), rtol=1e-6)
+
+
+def test_a_score_for_each_eighth_of_the_sides():
+    assert Discriminator(width=16)(np.zeros((2, 64, 48, 3), "f")).shape == (2, 8, 6, 1)
+
+
+def test_a_discriminator_learns_to_tell_a_blur():
+    rng = np.random.default_rng(0)
+    sharp = rng.choice([-1, 1], (8, 16, 16, 3)).astype("f")
+    blurred = (sharp + np.roll(sharp, 1, axis=1)) / 2
+    keras.utils.set_random_seed(0)
+    discriminator = Discriminator(width=16)
+    opponents = adversary(discriminator, weight=0.0)
+    step = training_step(
+        lambda images, decoded: opponents(images, decoded),
+        discriminator.trainable_variables,
+        keras.optimizers.Adam(3e-3),
+    )
+    first, *_, last = [float(step(sharp, blurred)) for _ in range(30)]
+    assert first > 1.5 and last < 0.5
