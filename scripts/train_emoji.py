@@ -86,8 +86,8 @@ EMOJI = ModelConfig(
     "--adversary-weight",
     default=0.05,
     show_default=True,
-    type=click.FloatRange(0),
-    help="Of looking like an artwork, beside the distance to one, in the decoder's steps.",
+    type=click.FloatRange(0, min_open=True),
+    help="Of deceiving the adversary, beside the distance to the artwork, in the decoder's steps.",
 )
 @click.option(
     "--dtype",
@@ -180,7 +180,8 @@ def main(
         latents,
         shown,
         captions,
-        weight=adversary_weight,
+        images[~known],
+        adversary_weight=adversary_weight,
         steps=decoder_steps,
         seed=seed,
         folder=runs / "decoder",
@@ -220,15 +221,6 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
         picked = known[shuffled(len(known), batch_size, seed, step)]
         return signed(picked), random(seed, NOISE, step).standard_normal(shape, np.float32)
 
-    def preview(step):
-        shown = unknown[:: len(unknown) // 24][:24]
-        mean = posterior(encoder, shown)[0]
-        again = signed_to_unit(decoder.predict_on_batch(mean * EMOJI.autoencoder.scale))
-        error = np.mean((again - uint8_to_unit(shown)) ** 2, axis=(1, 2, 3))
-        tqdm.write(f"step {step}: PSNR {np.mean(-10 * np.log10(error)):.2f} dB on unseen artworks")
-        pairs = np.stack([shown, unit_to_uint8(again)], axis=1).reshape(-1, *shown.shape[1:])
-        save_preview(pairs, folder, step, columns=12)
-
     train(
         autoencoder_loss(encoder, decoder),
         batch,
@@ -238,10 +230,25 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
         folder=folder,
         recipe={"batch_size": batch_size},
         save_every=200,
-        preview=preview,
+        preview=rebuilding(encoder, decoder, unknown, folder),
         jit=jit,
     )
     return encoder, decoder
+
+
+def rebuilding(encoder, decoder, unknown, folder):
+    """Returns a preview of 24 `unknown` pictures beside what the autoencoder makes of them."""
+    shown = unknown[:: len(unknown) // 24][:24]
+
+    def preview(step):
+        mean, _ = posterior(encoder, shown, decoder.config.scale)
+        again = signed_to_unit(decoder.predict_on_batch(mean))
+        error = np.mean((again - uint8_to_unit(shown)) ** 2, axis=(1, 2, 3))
+        tqdm.write(f"step {step}: PSNR {np.mean(-10 * np.log10(error)):.2f} dB on unseen artworks")
+        pairs = np.stack([shown, unit_to_uint8(again)], axis=1).reshape(-1, *shown.shape[1:])
+        save_preview(pairs, folder, step, columns=12)
+
+    return preview
 
 
 def posterior(encoder, images, scale=1.0, batch_size=64):
@@ -300,9 +307,23 @@ def train_diffusion(
 
 
 def train_decoder(
-    models, latents, images, captions, *, weight, steps, seed, folder, jit, batch_size=16
+    models,
+    latents,
+    images,
+    captions,
+    unknown,
+    *,
+    adversary_weight,
+    steps,
+    seed,
+    folder,
+    jit,
+    batch_size=16,
 ):
-    """Trains the decoder alone, on x0 that the trained network sees in a little noise."""
+    """Trains the decoder alone, on x0 that the trained network sees in a little noise.
+
+    Its pictures shall come near `images` and deceive an adversary; it reports on `unknown` ones.
+    """
     noisy = emoji_batches(models, latents, captions, batch_size, seed, shift=0.05)
     keras.utils.set_random_seed(seed)  # of the discriminator's initial weights
     discriminator = Discriminator()
@@ -316,15 +337,21 @@ def train_decoder(
             models.unet,
             models.decoder,
             models.config.schedule.prediction,
-            adversary=adversary(discriminator, weight),
+            adversary=adversary(discriminator, adversary_weight),
         ),
         batch,
         [models.decoder, discriminator],
         adamw(5e-4, steps, ema_momentum=0.99),
         steps=steps,
         folder=folder,
-        recipe={"batch_size": batch_size, "seed": seed, "adversary_weight": weight},
+        recipe={
+            "batch_size": batch_size,
+            "seed": seed,
+            "adversary_weight": adversary_weight,
+            "unet": zlib.crc32(np.ascontiguousarray(models.unet.get_weights()[-1])),
+        },
         save_every=200,
+        preview=rebuilding(models.encoder, models.decoder, unknown, folder),
         jit=jit,
     )
 

@@ -1,45 +1,60 @@
 """A decoder's adversary: learns to tell decoded pictures from real ones, the decoder to deceive it.
 
-The distance to a picture is least for a blur where the decoder is not sure; a blur is told at once.
+The distance to a picture is least for a blur where the decoder is not sure; to an adversary a blur
+is a mark by which to know it.
 """
 
 import keras
 from keras import layers, ops
 
+from stable_diffusion_tf.models.layers import dtype_policy, group_norm
+
 
 class Discriminator(keras.Model):
-    """pictures (B, H, W, 3) in [-1, 1] -> scores (B, h, w, 1), higher for patches that look real.
+    """images (B, H, W, 3) in [-1, 1] -> scores (B, h, w, 1), higher for patches that look real.
 
-    A score is of the 22 x 22 pixels that three convolutions of stride 2 see, so it judges outlines
-    and textures, not what is shown (Isola et al. 2017, arXiv:1611.07004, section 3.2.2).
+    Three convolutions of stride 2 see 22 x 22 pixels, so a score is of outlines and textures, not
+    of what is shown (Isola et al. 2017, arXiv:1611.07004, section 3.2.2); the norms add statistics
+    of the whole picture. The first has `width` channels, a multiple of 8; the others twice as many
+    each.
     """
 
-    def __init__(self, width: int = 64, name="discriminator"):
+    def __init__(self, width: int = 64, dtype=None, name="discriminator"):
         x = images = keras.Input((None, None, 3), name="images")
-        for level in range(3):
-            x = layers.Conv2D(width << level, 4, strides=2, padding="same", name=f"conv_{level}")(x)
-            if level:
-                x = layers.GroupNormalization(16, name=f"norm_{level}")(x)
-            x = layers.LeakyReLU(0.2)(x)
-        super().__init__(images, layers.Conv2D(1, 1, name="conv_out")(x), name=name)
+        with dtype_policy(dtype):
+            for level in range(3):
+                conv = layers.Conv2D(width << level, 4, 2, padding="same", name=f"conv_{level}")
+                x = conv(x)
+                if level:
+                    x = group_norm(x, 16, f"norm_{level}")
+                x = ops.leaky_relu(x)
+            x = layers.Conv2D(1, 1, name="conv_out")(x)
+        super().__init__(images, x, name=name)
 
 
 def adversary(discriminator: keras.Model, weight: float):
     """Returns `loss(images, decoded)`: what decoder and discriminator minimise at the same time.
 
     The hinge loss (Lim and Ye 2017, arXiv:1705.02894): the discriminator learns scores above 1 of
-    `images` and below -1 of `decoded`, the decoder high ones of its own, times `weight`. Neither
-    changes the other: the decoder's term sees constant weights, the discriminator's a constant
-    picture. Both are trained by one optimizer.
+    `images` and below -1 of `decoded`; the decoder, times `weight`, high ones of its own. No term
+    has a gradient by the other's weights; the decoder's is always 0, its gradient is not. One
+    optimizer trains both, `discriminator.trainable_variables` too; if it clips by the global norm,
+    large gradients of one make the other's smaller.
 
     images, decoded: (B, H, W, 3) in [-1, 1].
     """
 
+    def mean(x):
+        return ops.mean(ops.cast(x, "float32"))
+
     def loss(images, decoded):
-        weights = [ops.stop_gradient(v.value) for v in discriminator.trainable_variables]
-        pleased, _ = discriminator.stateless_call(weights, [], decoded)
-        of_real, of_drawn = discriminator(images), discriminator(ops.stop_gradient(decoded))
-        told = ops.mean(ops.relu(1.0 - of_real)) + ops.mean(ops.relu(1.0 + of_drawn))
-        return told - weight * ops.mean(pleased)
+        real_scores = discriminator(images)
+        fake_scores = discriminator(ops.stop_gradient(decoded))
+        discriminator_loss = mean(ops.relu(1.0 - real_scores)) + mean(ops.relu(1.0 + fake_scores))
+        # Of equal scores: gradients by the discriminator's weights cancel, that by `decoded` stays.
+        # (To stop those by the weights instead will not do: TensorFlow 2.21's graph optimizer then
+        # lets the decoder's term read some weights after their update.)
+        generator_loss = mean(fake_scores) - mean(discriminator(decoded))
+        return discriminator_loss + weight * generator_loss
 
     return loss

@@ -8,24 +8,23 @@ from stable_diffusion_tf.diffusion.schedule import Step
 NORMS = {"l2": ops.square, "l1": ops.abs}
 
 
-def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0, adversary=None):
+def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0):
     """Returns `loss(images, noise)`: L1 of pixels and of their differences, and a light KL term.
 
     The KL-regularised autoencoder of arXiv:2112.10752 (section 3.1); L1 of the differences between
-    neighbouring pixels keeps edges sharp where that paper has a perceptual loss. Its adversarial
-    one is added by an `adversary`, see `training.adversary`.
+    neighbouring pixels keeps edges sharp where that paper has a perceptual and an adversarial loss.
 
     images (B, H, W, 3) in [-1, 1]; noise (B, h, w, channels), unit normal.
     """
-    distance = decoded_distance(decoder, edge_weight, adversary)
 
     def loss(images, noise):
         mean, log_variance = ops.split(ops.cast(encoder(images), "float32"), 2, axis=-1)
         log_variance = ops.clip(log_variance, -30.0, 20.0)
         latents = mean + ops.exp(0.5 * log_variance) * noise
         kl = 0.5 * (ops.square(mean) + ops.exp(log_variance) - 1.0 - log_variance)
-        rebuilt = distance(latents * decoder.config.scale, images)
-        return rebuilt + kl_weight * ops.mean(ops.sum(kl, axis=(1, 2, 3)))
+        rebuilt = ops.cast(decoder(latents * decoder.config.scale), "float32")
+        kl = ops.mean(ops.sum(kl, axis=(1, 2, 3)))
+        return distance(rebuilt, images, edge_weight) + kl_weight * kl
 
     return loss
 
@@ -35,34 +34,28 @@ def denoised_loss(text_encoder, unet, decoder, prediction, edge_weight=1.0, adve
 
     What the network makes of noisy latents lacks what the noise hid. A decoder that has only seen
     an encoder's latents shows that as a blur; here it learns what picture they come from, by the
-    distance of `autoencoder_loss`, and to please an `adversary`, if there is one.
+    distance of `autoencoder_loss`. What an `adversary(images, decoded)` has to say of it, as of
+    `training.adversary`, is added.
 
     Arguments as of `diffusion_loss`'s; images (B, H, W, 3) in [-1, 1], those of the latents.
     """
-    distance = decoded_distance(decoder, edge_weight, adversary)
 
     def loss(latents, noise, timesteps, alpha, sigma, token_ids, images):
         step = Step(timesteps, alpha, sigma)
         x = add_noise(latents, noise, step)
         predicted = ops.cast(unet([x, timesteps, text_encoder(token_ids)]), "float32")
-        return distance(predicted_x0(x, predicted, step, prediction), images)
+        decoded = ops.cast(decoder(predicted_x0(x, predicted, step, prediction)), "float32")
+        found = distance(decoded, images, edge_weight)
+        return found if adversary is None else found + adversary(images, decoded)
 
     return loss
 
 
-def decoded_distance(decoder, edge_weight, adversary=None):
-    """Returns `distance(latents, images)`: L1 of decoded pixels and of their differences.
-
-    What an `adversary(images, decoded)` has to say of them is added.
-    """
-
-    def distance(latents, images):
-        decoded = ops.cast(decoder(latents), "float32")
-        edges = sum(ops.mean(ops.abs(d)) for d in differences(decoded - images))
-        distance = ops.mean(ops.abs(decoded - images)) + edge_weight * edges
-        return distance if adversary is None else distance + adversary(images, decoded)
-
-    return distance
+def distance(decoded, images, edge_weight):
+    """L1 of pixels and, times `edge_weight`, of their differences."""
+    error = decoded - images
+    edges = sum(ops.mean(ops.abs(d)) for d in differences(error))
+    return ops.mean(ops.abs(error)) + edge_weight * edges
 
 
 def differences(images):
@@ -81,14 +74,14 @@ def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None):
     token_ids (B, N). `prediction` is "epsilon" or "v"; `norm` is "l2" or "l1"; `min_snr` is the
     gamma of `min_snr_weight`, without which all timesteps weigh alike.
     """
-    distance = NORMS[norm]
+    error = NORMS[norm]
 
     def loss(latents, noise, timesteps, alpha, sigma, token_ids):
         step = Step(timesteps, alpha, sigma)
         predicted = unet([add_noise(latents, noise, step), timesteps, text_encoder(token_ids)])
         wanted = target(latents, noise, step, prediction)
         weight = 1.0 if min_snr is None else min_snr_weight(alpha, sigma, prediction, min_snr)
-        return ops.mean(weight * distance(ops.cast(predicted, "float32") - wanted))
+        return ops.mean(weight * error(ops.cast(predicted, "float32") - wanted))
 
     return loss
 

@@ -105,6 +105,20 @@ def test_the_decoder_learns_from_what_the_network_makes_of_noisy_latents():
     assert float(loss(*arguments, LATENTS[..., :3] - 0.5)) == pytest.approx(0.5)
 
 
+def test_an_adversary_sees_the_artworks_then_what_is_decoded():
+    loss = denoised_loss(
+        lambda ids: ids,
+        lambda inputs: ops.convert_to_tensor(V),
+        lambda x0: x0[..., :3],
+        "v",
+        adversary=lambda images, decoded: ops.mean(images) + 3 * ops.mean(decoded),
+    )
+    shown = LATENTS[..., :3] - 0.5
+    expected = 0.5 + shown.mean() + 3 * LATENTS[..., :3].mean()
+    found = float(loss(LATENTS, NOISE, TIMESTEPS, ALPHA, SIGMA, IDS, shown))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_kl_of_a_unit_gaussian_at_one():
     images = np.zeros((2, 8, 8, 3), "f")
     moments = np.concatenate([np.ones((2, 1, 1, 4)), np.zeros((2, 1, 1, 4))], axis=-1).astype("f")
