@@ -348,7 +348,7 @@ def train_decoder(
             "batch_size": batch_size,
             "seed": seed,
             "adversary_weight": adversary_weight,
-            "unet": zlib.crc32(np.ascontiguousarray(models.unet.get_weights()[-1])),
+            "unet": zlib.crc32(np.concatenate([w.ravel() for w in models.unet.get_weights()])),
         },
         save_every=200,
         preview=rebuilding(models.encoder, models.decoder, unknown, folder),

@@ -1,5 +1,6 @@
 """scripts/train_emoji.py from artworks to a folder that draws, at a size that trains in seconds."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -55,9 +56,9 @@ def test_flipped_pictures_have_latents_of_their_own(artworks, tmp_path, monkeypa
 
 @pytest.mark.full
 def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_path):
-    def run(target):
+    def run(target, *options):
         steps = ["--autoencoder-steps=1", "--steps=1", "--decoder-steps=1"]
-        arguments = [str(tmp_path / target), *steps, f"--runs={tmp_path}"]
+        arguments = [str(tmp_path / target), *steps, f"--runs={tmp_path}", *options]
         return CliRunner().invoke(train_emoji.main, arguments)
 
     assert run("first").exception is None
@@ -74,3 +75,9 @@ def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_
     np.testing.assert_array_equal(*drawn)
     refused = run("first")
     assert refused.exit_code == 2 and "exists; name a new folder" in refused.output
+
+    shutil.rmtree(tmp_path / "diffusion")
+    refused = run("third", "--shift=1")  # the decoder was trained for the network of the first
+    assert "another model, optimizer or recipe: 1 entries differ, first unet" in str(
+        refused.exception
+    )
