@@ -29,7 +29,7 @@ ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 ALONE = {"config", "settings", "compile", "tokenizer", "preview", "samplers", "tiling"}
 ALLOWED = {
     "arguments": {"images"},
-    "models": {"config"},
+    "models": {"config", "compile"},
     "diffusion": {"config", "compile"},
     "checkpoints": {"files", "config", "tokenizer", "models"},
     "networks": {"config", "images", "preview", "tiling", "diffusion"},

@@ -111,9 +111,10 @@ def test_norms_and_attention_become_the_engines_own_operations(tiny_model, dtype
             for kind, attributes in nodes
             if kind == "GroupNormalization"
         ]
-        norms = [layer for layer in model.layers if isinstance(layer, GroupNormalization)]
+        layers = list(model._flatten_layers())
+        norms = [layer for layer in layers if isinstance(layer, GroupNormalization)]
         assert sorted(found, key=str) == sorted([(n.groups, n.epsilon) for n in norms], key=str)
-        attentions = sum(isinstance(layer, DotProductAttention) for layer in model.layers)
+        attentions = sum(isinstance(layer, DotProductAttention) for layer in layers)
         assert sum(kind == "ScaledDotProductAttention" for kind, _ in nodes) == attentions > 0
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import keras
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 def backend():
@@ -63,6 +64,14 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
     return import_module(f"{__name__}.{engine}").compiled
 
 
+def traced_once(function):
+    """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
+
+    `function` is pure in its arguments: tensors, variables' values, lists of them.
+    """
+    return backend().traced_once(function)
+
+
 def training_step(loss, variables, optimizer, jit=False):
     """Returns `step(*batch) -> loss` that updates `variables` once; compiled.
 
@@ -81,6 +90,18 @@ class _TensorFlow:
         import tensorflow as tf
 
         return tf.function(function, jit_compile=jit or None, autograph=False)
+
+    @staticmethod
+    def traced_once(function):
+        import tensorflow as tf
+
+        traced = tf.function(function, autograph=False)
+
+        def call(*args):
+            flat = tf.executing_eagerly() or in_stateless_scope()  # as engines want a graph to be
+            return (function if flat else traced)(*args)
+
+        return call
 
     @staticmethod
     def training_step(loss, variables, optimizer, jit):
@@ -110,6 +131,10 @@ class _Jax:
                 return function(*args)
 
         return lambda *args: run([v.value for v in variables], args)
+
+    @staticmethod
+    def traced_once(function):
+        return function  # which JAX traces in a fraction of the time
 
     @staticmethod
     def training_step(loss, variables, optimizer, jit):
