@@ -118,7 +118,7 @@ class Match:
     pieces: int = 1
 
     def read(self) -> np.ndarray:
-        """The tensor in the variable's dtype; `axes` are still to be put in the variable's order.
+        """The variable's value: the tensor in its dtype, and its order of axes.
 
         Raises:
             CheckpointError: it cannot be read; or it has a NaN or an infinity, as stored or in the
@@ -141,7 +141,9 @@ class Match:
                 else "has NaN or infinite values; download it again, or take another checkpoint"
             )
             raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-        return value
+        # In NumPy, which does it in memory that it already has; a backend's tensor is new memory,
+        # and slow to get where a host gives it.
+        return np.ascontiguousarray(value.transpose(self.axes))
 
 
 class PartTable(Protocol):

@@ -106,7 +106,7 @@ def _fill(matches: Sequence[Match]) -> None:
 
 def _first_value(match: Match, shape, dtype):
     """A Keras initializer that reads a variable's tensor."""
-    return ops.transpose(match.read(), match.axes)
+    return ops.convert_to_tensor(match.read())
 
 
 def load(source: Source, dtype: str | None = None) -> Models:

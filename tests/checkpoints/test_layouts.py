@@ -29,7 +29,7 @@ def check(checkpoint, weights, parts=PARTS):
     for part in parts:
         variables = layouts.variables(part, weights[FILE_OF[part]])
         for match in checkpoint.match(part, variables):
-            match.variable.value = match.read().transpose(match.axes)
+            match.variable.value = match.read()
         for variable in variables:
             np.testing.assert_array_equal(variable.value, variable.expected, err_msg=variable.path)
 
