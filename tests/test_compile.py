@@ -1,4 +1,4 @@
-"""Engines, which run what the Keras backend has traced, and how TensorFlow is set up."""
+"""Engines, which run what the Keras backend has traced, and how TensorFlow traces and is set up."""
 
 import os
 import subprocess
@@ -9,14 +9,19 @@ import keras
 import numpy as np
 import pytest
 import synth
+import tensorflow as tf
 from keras import ops
 from tiny import TINY, write_folder
 
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
-from stable_diffusion_tf.compile import compiler, openvino
-from stable_diffusion_tf.models.layers import DotProductAttention, GroupNormalization
+from stable_diffusion_tf.compile import compiler, openvino, traced_once
+from stable_diffusion_tf.models.layers import (
+    DotProductAttention,
+    GroupNormalization,
+    LayerNormalization,
+)
 
 SIZE = {"img_height": 14, "img_width": 10}  # of odd latents
 RNG = np.random.default_rng(0)
@@ -111,10 +116,9 @@ def test_norms_and_attention_become_the_engines_own_operations(tiny_model, dtype
             for kind, attributes in nodes
             if kind == "GroupNormalization"
         ]
-        layers = list(model._flatten_layers())
-        norms = [layer for layer in layers if isinstance(layer, GroupNormalization)]
+        norms = [layer for layer in model.layers if isinstance(layer, GroupNormalization)]
         assert sorted(found, key=str) == sorted([(n.groups, n.epsilon) for n in norms], key=str)
-        attentions = sum(isinstance(layer, DotProductAttention) for layer in layers)
+        attentions = sum(isinstance(layer, DotProductAttention) for layer in model.layers)
         assert sum(kind == "ScaledDotProductAttention" for kind, _ in nodes) == attentions > 0
 
 
@@ -200,3 +204,61 @@ def test_tensorflow_keeps_its_memory_unless_told_otherwise(setting, kept):
     )
     assert run.returncode == 0
     assert ("BFCAllocator named: bfc_cpu" in run.stderr) == kept
+
+
+@pytest.fixture
+def rooted():
+    """A function that is traced once, and the shapes that it was traced for."""
+    shapes = []
+
+    def function(x, y, power):
+        shapes.append(tuple(x.shape))
+        return x**power + y
+
+    return traced_once(function), shapes
+
+
+def test_calls_of_equal_shapes_share_one_trace(rooted):
+    function, shapes = rooted
+
+    def several(x, y):
+        large = ops.concatenate([x, x], axis=0)
+        return function(x, y, 2) + function(y, x, 2) + function(x, y, 3), function(large, y[:1], 2)
+
+    x, y = (ops.convert_to_tensor(RNG.standard_normal((2, 3), dtype="f")) for _ in range(2))
+    found = compiler()(several)(x, y)
+    assert shapes == [(2, 3), (2, 3), (4, 3)]  # of powers 2 and 3, and of the large one
+    for value, expected in zip(found, several(x, y), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert len(shapes) == 7  # what is not compiled, is not traced
+
+
+def test_a_trace_for_unknown_sizes_serves_no_known_ones(rooted):
+    function, shapes = rooted
+    for rows in (None, 2):
+        spec = tf.TensorSpec((rows, 3))
+        tf.function(lambda x: function(x, x, 2)).get_concrete_function(spec)
+    assert shapes == [(None, 3), (2, 3)]
+
+
+def test_gradients_of_what_is_traced_once(rooted):
+    function, _ = rooted
+
+    def slope(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x, 3 * x, 2) + function(3 * x, x, 2)
+        return tape.gradient(value, x)
+
+    x = ops.convert_to_tensor(RNG.standard_normal((2, 3), dtype="f"))
+    np.testing.assert_allclose(compiler()(slope)(x), 20 * x + 4, rtol=1e-5)
+
+
+def test_blocks_of_one_size_share_the_traces_of_norms_and_attention(tiny_model):
+    unet = load(tiny_model).unet
+    specs = [tf.TensorSpec(s) for s in ((1, 8, 8, 4), (1,), (1, 77, 32))]
+    graph = tf.function(lambda *x: unet(x)).get_concrete_function(*specs).graph
+    calls = [op.get_attr("f").name for op in graph.get_operations() if "Partitioned" in op.type]
+    kinds = (DotProductAttention, GroupNormalization, LayerNormalization)
+    assert len(calls) == sum(isinstance(layer, kinds) for layer in unet.layers)
+    assert len(set(calls)) < len(calls) / 2

@@ -118,7 +118,7 @@ class Match:
     pieces: int = 1
 
     def read(self) -> np.ndarray:
-        """The variable's value: the tensor in its dtype, and its order of axes.
+        """The variable's value: the tensor in the variable's dtype and order of axes.
 
         Raises:
             CheckpointError: it cannot be read; or it has a NaN or an infinity, as stored or in the
@@ -141,8 +141,8 @@ class Match:
                 else "has NaN or infinite values; download it again, or take another checkpoint"
             )
             raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-        # In NumPy, which does it in memory that it already has; a backend's tensor is new memory,
-        # and slow to get where a host gives it.
+        # In NumPy, for malloc gives it the same memory again and again; a backend would take new
+        # memory for what it transposes too, which is slow to get.
         return np.ascontiguousarray(value.transpose(self.axes))
 
 

@@ -67,7 +67,8 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
 def traced_once(function):
     """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
 
-    `function` is pure in its arguments: tensors, variables' values, lists of them.
+    TensorFlow takes half a millisecond to trace an operation. `function` is pure: of tensors, and
+    of numbers that are compiled in.
     """
     return backend().traced_once(function)
 
@@ -98,7 +99,9 @@ class _TensorFlow:
         traced = tf.function(function, autograph=False)
 
         def call(*args):
-            flat = tf.executing_eagerly() or in_stateless_scope()  # as engines want a graph to be
+            # Engines want a flat graph; and a trace for unknown sizes would serve known ones too.
+            unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))
+            flat = tf.executing_eagerly() or in_stateless_scope() or unknown
             return (function if flat else traced)(*args)
 
         return call

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import keras
 from keras import layers, ops
 
+from stable_diffusion_tf.compile import traced_once
+
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
 # Attention weights that are computed in one piece: 8 MB, which caches still hold. JAX has fused
@@ -63,25 +65,29 @@ def group_norm(x, groups, name, epsilon=EPSILON):
 
 
 class GroupNormalization(layers.GroupNormalization):
-    """Keras's (Wu and He 2018, arXiv:1803.08494), several times as fast on a CPU.
-
-    Keras reduces over pixels and a group's channels at once, for which TensorFlow has no fast loop.
-    Here it is over pixels; what remains is a mean and a variance a channel to put together.
-    """
+    """Keras's (Wu and He 2018, arXiv:1803.08494), several times as fast on a CPU."""
 
     def call(self, x):
-        shape = ops.shape(x)
-        x = ops.reshape(x, (shape[0], -1, self.groups, shape[-1] // self.groups))
-        x = ops.cast(x, "float32")
-        means, variances = ops.moments(x, axes=[1], keepdims=True)
-        mean = ops.mean(means, axis=-1, keepdims=True)
-        variance = ops.mean(variances + ops.square(means - mean), axis=-1, keepdims=True)
-        gamma, beta = (
-            ops.reshape(ops.cast(w, "float32"), x.shape[2:]) for w in (self.gamma, self.beta)
-        )
-        scale = gamma * ops.rsqrt(variance + self.epsilon)
-        x = x * scale + (beta - mean * scale)
-        return ops.reshape(ops.cast(x, self.compute_dtype), shape)
+        gamma, beta = (ops.cast(w, "float32") for w in (self.gamma, self.beta))
+        return normalize_groups(x, gamma, beta, self.groups, self.epsilon)
+
+
+@traced_once
+def normalize_groups(x, gamma, beta, groups, epsilon):
+    """Keras reduces over pixels and a group's channels at once: TensorFlow has no fast loop for it.
+
+    Here it is over pixels; what remains is a mean and a variance a channel to put together.
+    """
+    shape, dtype = ops.shape(x), x.dtype
+    x = ops.reshape(x, (shape[0], -1, groups, shape[-1] // groups))
+    x = ops.cast(x, "float32")
+    means, variances = ops.moments(x, axes=[1], keepdims=True)
+    mean = ops.mean(means, axis=-1, keepdims=True)
+    variance = ops.mean(variances + ops.square(means - mean), axis=-1, keepdims=True)
+    gamma, beta = (ops.reshape(w, x.shape[2:]) for w in (gamma, beta))
+    scale = gamma * ops.rsqrt(variance + epsilon)
+    x = x * scale + (beta - mean * scale)
+    return ops.reshape(ops.cast(x, dtype), shape)
 
 
 def layer_norm(x, name):
@@ -92,12 +98,18 @@ class LayerNormalization(layers.LayerNormalization):
     """Keras's (Ba et al. 2016, arXiv:1607.06450) over channels, in fewer operations and passes."""
 
     def call(self, x):
-        x = ops.cast(x, "float32")
-        x = x - ops.mean(x, axis=-1, keepdims=True)
-        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
         gamma, beta = (ops.cast(w, "float32") for w in (self.gamma, self.beta))
-        x = x * ops.rsqrt(variance + self.epsilon) * gamma + beta
-        return ops.cast(x, self.compute_dtype)
+        return normalize_channels(x, gamma, beta, self.epsilon)
+
+
+@traced_once
+def normalize_channels(x, gamma, beta, epsilon):
+    dtype = x.dtype
+    x = ops.cast(x, "float32")
+    x = x - ops.mean(x, axis=-1, keepdims=True)
+    variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+    x = x * ops.rsqrt(variance + epsilon) * gamma + beta
+    return ops.cast(x, dtype)
 
 
 def quick_gelu(x):
@@ -125,40 +137,46 @@ class DotProductAttention(layers.Layer):
         self.causal = causal
 
     def call(self, q, k, v):
-        def split(x):  # (B, ..., C) -> (B, N, heads, C / heads)
-            x = ops.cast(x, "float32") if self.compute_dtype == "float16" else x
-            return ops.reshape(x, (ops.shape(x)[0], -1, self.heads, x.shape[-1] // self.heads))
-
-        shape = ops.shape(q)
-        q, k, v = split(q), split(k), split(v)
-        q = q * q.shape[-1] ** -0.5  # here, not on their products, of which there are more
-        sizes = q.shape[1], k.shape[1]
-        split_up = None not in sizes and math.prod(sizes) * self.heads > BLOCK and not self.causal
-        attend = self._attend_in_blocks if split_up else self._attend
-        return ops.cast(ops.reshape(attend(q, k, v), shape), self.compute_dtype)
-
-    def _attend(self, q, k, v):
-        return ops.dot_product_attention(q, k, v, scale=1.0, is_causal=self.causal)
-
-    def _attend_in_blocks(self, q, k, v):
-        batch, count, heads, width = ops.shape(q)
-        blocks = min(math.ceil(count * k.shape[1] / BLOCK), count)
-        rows = math.ceil(count / blocks)
-        q = ops.pad(q, ((0, 0), (0, blocks * rows - count), (0, 0), (0, 0)))
-        q = ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (-1, rows, width))
-        k = ops.reshape(ops.transpose(k, (0, 2, 3, 1)), (batch * heads, width, -1))
-        v = ops.reshape(ops.transpose(v, (0, 2, 1, 3)), (batch * heads, -1, width))
-
-        def block(i):
-            weights = ops.softmax(ops.cast(ops.matmul(q[i], k[i // blocks]), "float32"))
-            return ops.matmul(ops.cast(weights, v.dtype), v[i // blocks])
-
-        out = ops.map(block, ops.arange(batch * heads * blocks))
-        out = ops.reshape(out, (batch, heads, blocks * rows, width))
-        return ops.transpose(out, (0, 2, 1, 3))[:, :count]
+        return attend(q, k, v, self.heads, self.causal, BLOCK)
 
     def compute_output_shape(self, q_shape, k_shape, v_shape):
         return q_shape
+
+
+@traced_once
+def attend(q, k, v, heads, causal, most):
+    def split(x):  # (B, ..., C) -> (B, N, heads, C / heads)
+        x = ops.cast(x, "float32") if dtype == "float16" else x
+        return ops.reshape(x, (ops.shape(x)[0], -1, heads, x.shape[-1] // heads))
+
+    shape, dtype = ops.shape(q), q.dtype
+    q, k, v = split(q), split(k), split(v)
+    q = q * q.shape[-1] ** -0.5  # here, not on their products, of which there are more
+    sizes = q.shape[1], k.shape[1]
+    if None not in sizes and math.prod(sizes) * heads > most and not causal:
+        x = attend_in_blocks(q, k, v, most)
+    else:
+        x = ops.dot_product_attention(q, k, v, scale=1.0, is_causal=causal)
+    return ops.cast(ops.reshape(x, shape), dtype)
+
+
+def attend_in_blocks(q, k, v, most):
+    """Scaled q, k and v (B, N, heads, d) -> like q, `most` weights at a time."""
+    batch, count, heads, width = ops.shape(q)
+    blocks = min(math.ceil(count * k.shape[1] / most), count)
+    rows = math.ceil(count / blocks)
+    q = ops.pad(q, ((0, 0), (0, blocks * rows - count), (0, 0), (0, 0)))
+    q = ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (-1, rows, width))
+    k = ops.reshape(ops.transpose(k, (0, 2, 3, 1)), (batch * heads, width, -1))
+    v = ops.reshape(ops.transpose(v, (0, 2, 1, 3)), (batch * heads, -1, width))
+
+    def block(i):
+        weights = ops.softmax(ops.cast(ops.matmul(q[i], k[i // blocks]), "float32"))
+        return ops.matmul(ops.cast(weights, v.dtype), v[i // blocks])
+
+    out = ops.map(block, ops.arange(batch * heads * blocks))
+    out = ops.reshape(out, (batch, heads, blocks * rows, width))
+    return ops.transpose(out, (0, 2, 1, 3))[:, :count]
 
 
 def resnet(x, width, groups, name, temb=None, epsilon=EPSILON):

@@ -12,7 +12,6 @@ from stable_diffusion_tf.models.layers import (
     layer_norm,
     quick_gelu,
 )
-from stable_diffusion_tf.models.repeated import repeated
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
@@ -46,7 +45,6 @@ class TextEncoder(keras.Model):
 
     def __init__(self, config: TextEncoderConfig, dtype=None, name="text_encoder"):
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        layer = repeated(transformer_layer)
         with dtype_policy(dtype):
             x = layers.Embedding(
                 config.vocab_size, config.width, name="embeddings.token_embedding"
@@ -54,7 +52,7 @@ class TextEncoder(keras.Model):
             x = PositionEmbedding(config.max_length, name="embeddings.position_embedding")(x)
             hidden_states = []
             for i in range(config.layers):
-                x = layer(x, config, name=f"encoder.layers.{i}")
+                x = transformer_layer(x, config, f"encoder.layers.{i}")
                 hidden_states.append(x)
             x = layer_norm(x, "final_layer_norm")
         super().__init__(token_ids, x, name=name)

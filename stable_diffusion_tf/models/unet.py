@@ -17,7 +17,6 @@ from stable_diffusion_tf.models.layers import (
     resnet,
     upsample,
 )
-from stable_diffusion_tf.models.repeated import repeated
 
 
 class UNet(keras.Model):
@@ -37,12 +36,11 @@ class UNet(keras.Model):
         context = keras.Input((None, config.context_width), name="context")
         levels = range(len(config.widths))
         last = levels[-1]
-        transformer = repeated(spatial_transformer)
 
         def block(x, width, name, i, level, attend):
             x = resnet(x, width, config.groups, f"{name}.resnets.{i}", temb)
             if attend:
-                x = transformer(x, context, config, level, name=f"{name}.attentions.{i}")
+                x = spatial_transformer(x, context, config, level, f"{name}.attentions.{i}")
             return x
 
         with dtype_policy(dtype):

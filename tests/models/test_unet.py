@@ -8,9 +8,8 @@ import pytest
 from keras import ops
 from tiny import TINY
 
-from stable_diffusion_tf.compile import compiler
 from stable_diffusion_tf.models import UNet
-from stable_diffusion_tf.models.layers import DotProductAttention, dtype_policy
+from stable_diffusion_tf.models.layers import dtype_policy
 from stable_diffusion_tf.models.unet import Sinusoids
 
 DEEP = replace(
@@ -98,19 +97,3 @@ def test_the_shallow_rest_has_no_weights_of_its_own(deep):
     assert {id(v) for v in deep.reusing().variables} == {id(v) for v in expected}
     assert {id(v) for v in deep.keeping().variables} == {id(v) for v in deep.variables}
     assert deep.get_layer("conv_out").output is deep.outputs[0]
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="on JAX every block is traced")
-def test_transformers_of_a_level_are_traced_once_and_keep_their_own_weights(deep, monkeypatch):
-    call, traced = DotProductAttention.call, []
-
-    def spy(self, q, k, v):
-        traced.append(q.shape[1])
-        return call(self, q, k, v)
-
-    given = [ops.convert_to_tensor(x) for x in inputs(np.array([1.0, 2.0], np.float32), 4, 8)]
-    expected = ops.convert_to_numpy(deep(given))  # not compiled
-    monkeypatch.setattr(DotProductAttention, "call", spy)
-    compiled = compiler()(lambda *given: deep(given))
-    assert abs(ops.convert_to_numpy(compiled(*given)) - expected).max() <= 1e-5
-    assert traced == [4, 4, 1, 1]  # two each: of five on the first level, six on the last
