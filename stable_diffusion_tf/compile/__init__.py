@@ -5,7 +5,7 @@ may run: each is a module here, named after the package that it needs.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -67,8 +67,8 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
 def traced_once(function):
     """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
 
-    TensorFlow takes half a millisecond to trace an operation. `function` is pure: of tensors, and
-    of numbers that are compiled in.
+    Tracing takes TensorFlow half a millisecond an operation, and large networks do the same to many
+    tensors. `function` is pure, of tensors and of numbers, which are compiled in.
     """
     return backend().traced_once(function)
 
@@ -98,6 +98,7 @@ class _TensorFlow:
 
         traced = tf.function(function, autograph=False)
 
+        @wraps(function)
         def call(*args):
             # Engines want a flat graph; and a trace for unknown sizes would serve known ones too.
             unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))

@@ -74,8 +74,9 @@ class GroupNormalization(layers.GroupNormalization):
 
 @traced_once
 def normalize_groups(x, gamma, beta, groups, epsilon):
-    """Keras reduces over pixels and a group's channels at once: TensorFlow has no fast loop for it.
+    """x (B, ..., C), gamma and beta (C,) in float32 -> like x.
 
+    Keras reduces over pixels and a group's channels at once, for which TensorFlow has no fast loop.
     Here it is over pixels; what remains is a mean and a variance a channel to put together.
     """
     shape, dtype = ops.shape(x), x.dtype
@@ -104,6 +105,7 @@ class LayerNormalization(layers.LayerNormalization):
 
 @traced_once
 def normalize_channels(x, gamma, beta, epsilon):
+    """x (..., C), gamma and beta (C,) in float32 -> like x."""
     dtype = x.dtype
     x = ops.cast(x, "float32")
     x = x - ops.mean(x, axis=-1, keepdims=True)
@@ -145,6 +147,8 @@ class DotProductAttention(layers.Layer):
 
 @traced_once
 def attend(q, k, v, heads, causal, most):
+    """`DotProductAttention`'s arithmetic; `most` is its bound on the weights in one piece."""
+
     def split(x):  # (B, ..., C) -> (B, N, heads, C / heads)
         x = ops.cast(x, "float32") if dtype == "float16" else x
         return ops.reshape(x, (ops.shape(x)[0], -1, heads, x.shape[-1] // heads))
