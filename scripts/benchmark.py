@@ -326,6 +326,7 @@ def keras_cv(job: Job) -> Callable[[], Any]:
     if job.stage == "picture":
         raise CannotRun("would have to download a vocabulary")
     os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "0"  # as where this package is not imported
+    os.environ.pop("TF_ENABLE_ONEDNN_OPTS", None)
     import keras
 
     keras.config.set_dtype_policy(job.dtype)

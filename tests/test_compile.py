@@ -193,17 +193,22 @@ def test_an_engine_that_is_not_installed_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "kept"), [({}, True), ({"TF_CPU_ALLOCATOR_USE_BFC": "0"}, False)]
+    "given", [{}, {"TF_CPU_ALLOCATOR_USE_BFC": "0"}, {"TF_ENABLE_ONEDNN_OPTS": "0"}]
 )
-def test_tensorflow_keeps_its_memory_unless_told_otherwise(setting, kept):
-    unset = {key: value for key, value in os.environ.items() if not key.startswith("TF_CPU_")}
+def test_tensorflow_keeps_memory_and_uses_onednn_unless_told_otherwise(given):
+    says = {
+        "TF_CPU_ALLOCATOR_USE_BFC": "BFCAllocator named: bfc_cpu",
+        "TF_ENABLE_ONEDNN_OPTS": "oneDNN custom operations are on",
+    }
+    unset = {key: value for key, value in os.environ.items() if key not in says}
     logged = {"TF_CPP_VMODULE": "bfc_allocator=1", "TF_CPP_MIN_LOG_LEVEL": "0"}
     code = "import stable_diffusion_tf, tensorflow as tf; tf.zeros(3)"
     run = subprocess.run(
-        [sys.executable, "-c", code], env=unset | logged | setting, capture_output=True, text=True
+        [sys.executable, "-c", code], env=unset | logged | given, capture_output=True, text=True
     )
     assert run.returncode == 0
-    assert ("BFCAllocator named: bfc_cpu" in run.stderr) == kept
+    for variable, said in says.items():
+        assert (said in run.stderr) == (variable not in given)
 
 
 @pytest.fixture

@@ -64,6 +64,11 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
     return import_module(f"{__name__}.{engine}").compiled
 
 
+def tensorflow_computes():
+    """Whether what is computed or traced now runs in TensorFlow: on no other backend or engine."""
+    return backend() is _TensorFlow and not in_stateless_scope()  # which engines are traced in
+
+
 def traced_once(function):
     """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
 
@@ -102,7 +107,7 @@ class _TensorFlow:
         def call(*args):
             # Engines want a flat graph; and a trace for unknown sizes would serve known ones too.
             unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))
-            flat = tf.executing_eagerly() or in_stateless_scope() or unknown
+            flat = tf.executing_eagerly() or unknown or not tensorflow_computes()
             return (function if flat else traced)(*args)
 
         return call

@@ -5,6 +5,7 @@ from keras import layers, ops
 
 from stable_diffusion_tf.config import AutoencoderConfig
 from stable_diffusion_tf.models.layers import (
+    Convolution,
     DotProductAttention,
     conv,
     dense,
@@ -71,7 +72,7 @@ class Decoder(keras.Model):
 def downsample(x, name):
     """Half the size: pads one pixel below and on the right only, unlike the UNet."""
     x_padded = layers.ZeroPadding2D(((0, 1), (0, 1)))(x)
-    return layers.Conv2D(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
+    return Convolution(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
 
 
 def middle(x, config, name):

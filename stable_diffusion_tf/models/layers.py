@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import keras
 from keras import layers, ops
 
-from stable_diffusion_tf.compile import traced_once
+from stable_diffusion_tf.compile import tensorflow_computes, traced_once
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
@@ -36,24 +36,46 @@ def conv(x, width, name, kernel=3):
 
 
 class Convolution(layers.Conv2D):
-    """Conv2D of stride 1, "same": one matrix product where the kernel outweighs all patches of x.
-
-    There TensorFlow's own takes up to 4 times as long on a CPU. Where a size is unknown at tracing,
-    it is Keras's convolution.
-    """
+    """Conv2D in the form that is fastest on a CPU: "same" of stride 1, or "valid" of any."""
 
     def call(self, x):
         batch, height, width, _ = x.shape
-        if None in (batch, height, width) or batch * height * width > self.filters:
-            return ops.add(self.convolution_op(x, self.kernel), self.bias)
+        if None not in (height, width):
+            if batch and self.strides == (1, 1) and batch * height * width <= self.filters:
+                return self.as_product(x)
+            if batch in (None, 1) and self.kernel_size > (1, 1) and tensorflow_computes():
+                return self.in_halves(x)
+        return ops.add(self.convolution_op(x, self.kernel), self.bias)
+
+    def as_product(self, x):
+        """One matrix product, up to 4 times as fast where the kernel outweighs all patches of x."""
+        _, height, width, _ = x.shape
         rows, columns = self.kernel_size
-        top, left = rows // 2, columns // 2
         if rows * columns > 1:  # else a patch is one position
-            x = ops.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+            x = ops.pad(x, self.margins())
             x = ops.concatenate([x[:, :, i : i + width] for i in range(columns)], axis=-1)
             x = ops.concatenate([x[:, i : i + height] for i in range(rows)], axis=-1)
         kernel = ops.reshape(self.kernel, (-1, self.filters))
         return ops.add(ops.matmul(x, kernel), self.bias)
+
+    def in_halves(self, x):
+        """Both halves of a picture as a batch of two: oneDNN packs no kernel for one picture."""
+        _, height, width, _ = self.compute_output_shape(x.shape)
+        half = (height + 1) // 2
+        start = half * self.strides[0]  # where the lower half begins
+        size = start - self.strides[0] + self.kernel_size[0]  # what each of them reads
+        (top, bottom), columns = self.margins()[1:3]
+        bottom = max(bottom, start + size - top - x.shape[1])  # of an odd number, one more
+        x = ops.pad(x, ((0, 0), (top, bottom), columns, (0, 0)))
+        x = ops.stack([x[:, :size], x[:, start : start + size]], axis=1)
+        x = ops.reshape(x, (-1, *x.shape[2:]))
+        x = ops.add(ops.conv(x, self.kernel, self.strides, "valid"), self.bias)
+        return ops.reshape(x, (-1, 2 * half, width, self.filters))[:, :height]
+
+    def margins(self):
+        """What "same" pads an image batch with, for a stride of 1 and odd kernels."""
+        around = [(size // 2 if self.padding == "same" else 0,) * 2 for size in self.kernel_size]
+        return ((0, 0), *around, (0, 0))
 
 
 def dense(x, width, name, bias=True):

@@ -7,6 +7,7 @@ from keras import layers, ops
 
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.models.layers import (
+    Convolution,
     DotProductAttention,
     conv,
     dense,
@@ -113,7 +114,7 @@ class Sinusoids(layers.Layer):
 def downsample(x, name):
     """Half the size, rounded up: pads one pixel on every side."""
     x_padded = layers.ZeroPadding2D(1)(x)
-    return layers.Conv2D(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
+    return Convolution(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
 
 
 def spatial_transformer(x, context, config, level, name):

@@ -70,11 +70,27 @@ def gradients(layer, x):
     return tape.gradient(loss, [x, *(v.value for v in layer.variables)])
 
 
-@pytest.mark.parametrize(("kernel", "size"), [(3, (2, 3)), (3, (1, 1)), (1, (4, 2)), (3, (8, 8))])
-def test_convolution(kernel, size):
-    shape = (2, *size, 6)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "strides", "size"),
+    [
+        (3, 1, (2, 3)),
+        (3, 1, (1, 1)),
+        (1, 1, (4, 2)),
+        (1, 1, (5, 7)),
+        (3, 1, (8, 8)),
+        (5, 1, (9, 6)),
+        (3, 2, (9, 7)),
+        (3, 2, (8, 12)),
+        (3, 2, (3, 3)),
+    ],
+)
+def test_convolution(kernel, strides, size, batch):
+    shape = (batch, *size, 6)
+    padding = "same" if strides == 1 else "valid"
     ours, theirs = twins(
-        Convolution(16, kernel, padding="same"), plain.Conv2D(16, kernel, padding="same"), shape
+        *(layer(16, kernel, strides, padding=padding) for layer in (Convolution, plain.Conv2D)),
+        shape,
     )
     x = normal(*shape)
     close(ours(x), theirs(x))
@@ -86,9 +102,21 @@ def test_few_positions_are_one_product(monkeypatch):
     layer = Convolution(16, 3, padding="same")
     layer.build((None, None, None, 6))
     monkeypatch.setattr(layer, "convolution_op", None)
-    layer(normal(1, 4, 4, 6))
+    layer(normal(2, 2, 4, 6))
     with pytest.raises(TypeError, match="not callable"):
+        layer(normal(2, 2, 5, 6))
+
+
+def test_one_picture_is_a_batch_of_halves_in_tensorflow_itself(monkeypatch):
+    layer = Convolution(4, 3, padding="same")
+    layer.build((None, None, None, 6))
+    halved = []
+    monkeypatch.setattr(layer, "in_halves", lambda x: halved.append(len(x)) or x)
+    for batch in (1, 2):
+        layer(normal(batch, 4, 5, 6))
+    with keras.StatelessScope():  # as engines are traced
         layer(normal(1, 4, 5, 6))
+    assert halved == ([1] if keras.backend.backend() == "tensorflow" else [])
 
 
 NORMS = {
