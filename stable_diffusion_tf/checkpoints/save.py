@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import keras
@@ -13,11 +14,11 @@ import numpy as np
 
 from stable_diffusion_tf.checkpoints import compvis, diffusers
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
-from stable_diffusion_tf.checkpoints.config_json import write_config
+from stable_diffusion_tf.checkpoints.config_json import read_config, write_config
 from stable_diffusion_tf.checkpoints.fit import LISTED, Table
 from stable_diffusion_tf.checkpoints.layouts import BASES, INPUTS, published
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
-from stable_diffusion_tf.checkpoints.readers import save_safetensors
+from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 from stable_diffusion_tf.config import SD_1, ModelConfig
 from stable_diffusion_tf.files import atomic_path
 from stable_diffusion_tf.tokenizer import vocabulary_files
@@ -43,7 +44,8 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> N
     Raises:
         FileExistsError: there is something at `target`.
         ValueError: unknown dtype, or kind of file; a single file of a model whose config is no
-            published one; or a weight is not finite in the dtype.
+            published one; a config that would not be read as it is; or a weight is not finite in
+            the dtype.
     """
     target = Path(target)
     check_target(target, dtype, models.config)
@@ -74,22 +76,46 @@ def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | No
         )
     if dtype not in DTYPES:
         raise ValueError(f"Weights are saved as {', '.join(DTYPES)}, not {dtype!r}.")
-    if config is not None and target.suffix == FILE and (lost := _lost(config)):
+    if config is None:
+        return
+    if target.suffix != FILE:
+        check_folder(target, config)
+    elif lost := _differences(config, _of_a_file(config)):
         raise ValueError(
             f"{target}: a single file has no config, and is read as a published model. This one "
-            f"has {', '.join(lost[:LISTED])}{', …' if len(lost) > LISTED else ''} instead. Name a "
-            "folder, which keeps it all."
+            f"has {lost} instead. Name a folder, which keeps it all."
         )
 
 
-def _lost(config: ModelConfig) -> list[str]:
-    """What differs from the config that a single file of this model's tensors is read with."""
+def check_folder(target: Path, config: ModelConfig) -> None:
+    """Raises ValueError where a folder of this config would be read as another, or not at all."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_texts(config, folder)
+        try:
+            read = read_config(folder)
+        except CheckpointError as error:
+            said = str(error).removeprefix(f"{folder}{os.sep}")
+            raise ValueError(f"{target} could not be read again: {said}") from None
+    if lost := _differences(config, read):
+        raise ValueError(f"{target}: a folder cannot hold {lost}.")
+
+
+def _of_a_file(config: ModelConfig) -> ModelConfig:
+    """The config that a single file of this model's tensors is read with."""
     unet = config.unet
     context = unet.context_width if unet.context_width in BASES else SD_1.unet.context_width
     channels = unet.in_channels if unet.in_channels in INPUTS else SD_1.unet.in_channels
     prediction = config.schedule.prediction  # which the file says
-    said = _values(published(context, channels, prediction)) | {"schedule.prediction": prediction}
-    return [f"{key} = {value}" for key, value in _values(config).items() if value != said[key]]
+    read = published(context, channels, prediction)
+    return replace(read, schedule=replace(read.schedule, prediction=prediction))
+
+
+def _differences(config: ModelConfig, read: ModelConfig) -> str:
+    """What `config` says and `read` does not: "unet.widths = (320,), …"; "" if they agree."""
+    said = _values(read)
+    lost = [f"{key} = {value}" for key, value in _values(config).items() if value != said[key]]
+    return ", ".join([*lost[:LISTED], *["…"][: len(lost) > LISTED]])
 
 
 def _values(config: ModelConfig) -> dict[str, Any]:
@@ -97,7 +123,9 @@ def _values(config: ModelConfig) -> dict[str, Any]:
     values = {}
     for part, said in asdict(replace(config, name="")).items():
         fields = said if isinstance(said, dict) else {"": said}
-        values |= {f"{part}.{key}".rstrip("."): value for key, value in fields.items()}
+        for key, value in fields.items():
+            listed = isinstance(value, list)  # which a config may have for a tuple
+            values[f"{part}.{key}".rstrip(".")] = tuple(value) if listed else value
     return values
 
 
@@ -120,20 +148,24 @@ def export(
 
 def write_folder(models: Models, folder: Path, dtype: str) -> None:
     """A folder in the diffusers layout, with config and tokenizer."""
+    write_texts(models.config, folder)
+    for stem in dict.fromkeys(diffusers.FILES.values()):
+        tensors = {}
+        for part in (part for part in diffusers.FILES if diffusers.FILES[part] == stem):
+            tensors |= export(part, getattr(models, part), dtype)
+        save_safetensors(tensors, folder / (stem + FILE), {"format": "pt"})
+
+
+def write_texts(config: ModelConfig, folder: Path) -> None:
+    """All of a folder but its weights."""
     texts = {
-        name: json.dumps(values, indent=2) + "\n"
-        for name, values in write_config(models.config).items()
+        name: json.dumps(values, indent=2) + "\n" for name, values in write_config(config).items()
     }
     texts |= {f"tokenizer/{name}": text for name, text in vocabulary_files().items()}
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
-    for stem in dict.fromkeys(diffusers.FILES.values()):
-        tensors = {}
-        for part in (part for part in diffusers.FILES if diffusers.FILES[part] == stem):
-            tensors |= export(part, getattr(models, part), dtype)
-        save_safetensors(tensors, folder / (stem + FILE), {"format": "pt"})
 
 
 def write_file(models: Models, path: Path, dtype: str) -> None:

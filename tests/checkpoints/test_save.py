@@ -71,6 +71,26 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, model
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"text_encoder": replace(TINY.text_encoder, layers=65)},
+            "saved could not be read again: text_encoder.config.json: num_hidden_layers = 65",
+        ),
+        ({"image_size": 65}, "saved: a folder cannot hold image_size = 65"),
+    ],
+)
+def test_a_folder_that_would_not_be_read_again_is_not_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_target(tmp_path / "saved", "float32", replace(TINY, **changes))
+
+
+def test_a_config_of_lists_is_saved(tmp_path):
+    unet = replace(TINY.unet, widths=list(TINY.unet.widths))
+    check_target(tmp_path / "saved", "float32", replace(TINY, unet=unet))
+
+
 def test_a_folder_has_all_that_others_need(tmp_path, models):
     save(models, tmp_path / "new" / "saved")
     saved = {p.relative_to(tmp_path / "new" / "saved").as_posix() for p in files(tmp_path)}
