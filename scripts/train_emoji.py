@@ -6,14 +6,13 @@ any moment and run it again: it goes on from its last save. Losses, saves and a 
 so often are in the runs folder.
 """
 
-import os
 import zlib
-
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-
 from dataclasses import replace
 from pathlib import Path
 
+import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
+
+# isort: split
 import click
 import emoji_data
 import keras

@@ -7,10 +7,10 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Keras reads its backend once, when it is imported. So does TensorFlow what turns on its oneDNN
-# operations, faster also where it would leave them off: on a CPU with AVX2 alone. It reads the rest
-# at its first tensor: from then on it keeps the memory that it has had, since new pages cost a
-# tenth of a step, and takes whatever there is (a terabyte, in MB, not 64 GB).
+# Keras reads its backend once, when it is imported. TensorFlow, too, reads then whether to use its
+# oneDNN operations, which it leaves off on some CPUs where they are the faster ones: with AVX2
+# alone. It reads the others at its first tensor: from then on it keeps the memory that it has had,
+# as new pages cost a tenth of a step, and takes whatever there is (a terabyte, in MB, not 64 GB).
 if os.environ.setdefault("KERAS_BACKEND", "tensorflow") == "tensorflow":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")

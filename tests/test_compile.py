@@ -202,13 +202,20 @@ def test_tensorflow_keeps_memory_and_uses_onednn_unless_told_otherwise(given):
     }
     unset = {key: value for key, value in os.environ.items() if key not in says}
     logged = {"TF_CPP_VMODULE": "bfc_allocator=1", "TF_CPP_MIN_LOG_LEVEL": "0"}
-    code = "import stable_diffusion_tf, tensorflow as tf; tf.zeros(3)"
+    code = """
+import os, stable_diffusion_tf, tensorflow as tf
+from stable_diffusion_tf.compile import uses_onednn
+tf.zeros(3)
+print(os.environ["TF_CPU_ALLOCATOR_USE_BFC"], os.environ["TF_ENABLE_ONEDNN_OPTS"], uses_onednn())
+"""
     run = subprocess.run(
         [sys.executable, "-c", code], env=unset | logged | given, capture_output=True, text=True
     )
     assert run.returncode == 0
     for variable, said in says.items():
         assert (said in run.stderr) == (variable not in given)
+    onednn = "TF_ENABLE_ONEDNN_OPTS" not in given
+    assert run.stdout.split() == [*(given.get(key, "1") for key in says), str(onednn)]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ may run: each is a module here, named after the package that it needs.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -64,9 +64,9 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
     return import_module(f"{__name__}.{engine}").compiled
 
 
-def tensorflow_computes():
-    """Whether what is computed or traced now runs in TensorFlow: on no other backend or engine."""
-    return backend() is _TensorFlow and not in_stateless_scope()  # which engines are traced in
+def uses_onednn() -> bool:
+    """Whether TensorFlow computes, on a CPU, with its oneDNN operations."""
+    return backend().uses_onednn()
 
 
 def traced_once(function):
@@ -92,6 +92,14 @@ def training_step(loss, variables, optimizer, jit=False):
 
 class _TensorFlow:
     @staticmethod
+    @cache
+    def uses_onednn():
+        import tensorflow as tf
+        from tensorflow.python.util import _pywrap_util_port as built  # no public name tells
+
+        return built.IsMklEnabled() and not tf.config.list_physical_devices("GPU")
+
+    @staticmethod
     def compiled(function, variables=(), jit=False):
         import tensorflow as tf
 
@@ -107,7 +115,7 @@ class _TensorFlow:
         def call(*args):
             # Engines want a flat graph; and a trace for unknown sizes would serve known ones too.
             unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))
-            flat = tf.executing_eagerly() or unknown or not tensorflow_computes()
+            flat = tf.executing_eagerly() or in_stateless_scope() or unknown
             return (function if flat else traced)(*args)
 
         return call
@@ -130,6 +138,10 @@ class _TensorFlow:
 
 
 class _Jax:
+    @staticmethod
+    def uses_onednn():
+        return False
+
     @staticmethod
     def compiled(function, variables=(), jit=False):
         import jax

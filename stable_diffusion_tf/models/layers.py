@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import keras
 from keras import layers, ops
 
-from stable_diffusion_tf.compile import tensorflow_computes, traced_once
+from stable_diffusion_tf.compile import traced_once, uses_onednn
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
@@ -36,14 +36,22 @@ def conv(x, width, name, kernel=3):
 
 
 class Convolution(layers.Conv2D):
-    """Conv2D in the form that is fastest on a CPU: "same" of stride 1, or "valid" of any."""
+    """Conv2D of an odd kernel, "same" of stride 1 or "valid" of more, in a CPU's fastest form."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        padding = "same" if self.strides == (1, 1) else "valid"
+        odd = all(size % 2 for size in self.kernel_size)
+        if self.padding != padding or not odd or self.dilation_rate != (1, 1) or self.groups > 1:
+            raise ValueError("what is neither 'same' of stride 1 nor 'valid' of more is a Conv2D")
 
     def call(self, x):
         batch, height, width, _ = x.shape
-        if None not in (height, width):
-            if batch and self.strides == (1, 1) and batch * height * width <= self.filters:
+        if None not in (batch, height, width):
+            if self.padding == "same" and batch * height * width <= self.filters:
                 return self.as_product(x)
-            if batch in (None, 1) and self.kernel_size > (1, 1) and tensorflow_computes():
+            single = batch == 1 and self.kernel_size > (1, 1) and self.compute_dtype == "float32"
+            if single and uses_onednn():
                 return self.in_halves(x)
         return ops.add(self.convolution_op(x, self.kernel), self.bias)
 
@@ -59,21 +67,24 @@ class Convolution(layers.Conv2D):
         return ops.add(ops.matmul(x, kernel), self.bias)
 
     def in_halves(self, x):
-        """Both halves of a picture as a batch of two: oneDNN packs no kernel for one picture."""
+        """The upper and the lower half of one picture as a batch of two.
+
+        Of one, in float32, TensorFlow gives oneDNN the kernel as it is, for which it has no fast
+        loop; of several, it lets it have the kernel as it likes.
+        """
         _, height, width, _ = self.compute_output_shape(x.shape)
         half = (height + 1) // 2
         start = half * self.strides[0]  # where the lower half begins
         size = start - self.strides[0] + self.kernel_size[0]  # what each of them reads
         (top, bottom), columns = self.margins()[1:3]
         bottom = max(bottom, start + size - top - x.shape[1])  # of an odd number, one more
-        x = ops.pad(x, ((0, 0), (top, bottom), columns, (0, 0)))
-        x = ops.stack([x[:, :size], x[:, start : start + size]], axis=1)
-        x = ops.reshape(x, (-1, *x.shape[2:]))
+        x = ops.pad(x, ((0, 0), (top, bottom), columns, (0, 0)))[0]
+        x = ops.stack([x[:size], x[start : start + size]])
         x = ops.add(ops.conv(x, self.kernel, self.strides, "valid"), self.bias)
-        return ops.reshape(x, (-1, 2 * half, width, self.filters))[:, :height]
+        return ops.reshape(x, (1, 2 * half, width, self.filters))[:, :height]
 
     def margins(self):
-        """What "same" pads an image batch with, for a stride of 1 and odd kernels."""
+        """What its padding adds to each axis of a batch."""
         around = [(size // 2 if self.padding == "same" else 0,) * 2 for size in self.kernel_size]
         return ((0, 0), *around, (0, 0))
 

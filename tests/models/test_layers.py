@@ -107,16 +107,50 @@ def test_few_positions_are_one_product(monkeypatch):
         layer(normal(2, 2, 5, 6))
 
 
-def test_one_picture_is_a_batch_of_halves_in_tensorflow_itself(monkeypatch):
-    layer = Convolution(4, 3, padding="same")
-    layer.build((None, None, None, 6))
-    halved = []
-    monkeypatch.setattr(layer, "in_halves", lambda x: halved.append(len(x)) or x)
-    for batch in (1, 2):
-        layer(normal(batch, 4, 5, 6))
-    with keras.StatelessScope():  # as engines are traced
-        layer(normal(1, 4, 5, 6))
-    assert halved == ([1] if keras.backend.backend() == "tensorflow" else [])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "size", "strides", "convolved"),
+    [
+        ("float32", 1, (4, 5), 1, [(2, 4, 7, 6)]),
+        ("float32", 1, (7, 5), 1, [(2, 6, 7, 6)]),
+        ("float32", 1, (9, 9), 2, [(2, 5, 9, 6)]),
+        ("float32", 2, (4, 5), 1, []),
+        ("bfloat16", 1, (4, 5), 1, []),
+    ],
+)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_onednn_is_given_one_picture_as_two(
+    monkeypatch, onednn, dtype, batch, size, strides, convolved
+):
+    shapes = []
+
+    def conv(x, *args, of=ops.conv):
+        shapes.append(tuple(x.shape))
+        return of(x, *args)
+
+    monkeypatch.setattr(layers, "uses_onednn", lambda: onednn)
+    monkeypatch.setattr(ops, "conv", conv)
+    padding = "same" if strides == 1 else "valid"
+    ours, theirs = twins(
+        *(kind(4, 3, strides, padding, dtype=dtype) for kind in (Convolution, plain.Conv2D)),
+        (batch, *size, 6),
+    )
+    x = normal(batch, *size, 6)
+    close(ops.cast(ours(x), "float32"), ops.cast(theirs(x), "float32"))
+    assert shapes == (convolved if onednn else [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "same", "strides": 2},
+        {"padding": "valid"},
+        {"padding": "same", "dilation_rate": 2},
+        {"padding": "same", "groups": 2},
+    ],
+)
+def test_what_no_fast_form_is_for_is_refused(options):
+    with pytest.raises(ValueError, match="is a Conv2D"):
+        Convolution(4, 3, **options)
 
 
 NORMS = {
