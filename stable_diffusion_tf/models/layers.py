@@ -48,15 +48,16 @@ class Convolution(layers.Conv2D):
     def call(self, x):
         batch, height, width, _ = x.shape
         if None not in (batch, height, width):
-            if self.padding == "same" and batch * height * width <= self.filters:
+            pointwise = self.kernel_size == (1, 1)  # for large ones oneDNN has no fast loop at all
+            few = batch * height * width <= self.filters
+            if self.padding == "same" and (pointwise or few):
                 return self.as_product(x)
-            single = batch == 1 and self.kernel_size > (1, 1) and self.compute_dtype == "float32"
-            if single and uses_onednn():
+            if batch == 1 and self.compute_dtype == "float32" and uses_onednn():
                 return self.in_halves(x)
         return ops.add(self.convolution_op(x, self.kernel), self.bias)
 
     def as_product(self, x):
-        """One matrix product, up to 4 times as fast where the kernel outweighs all patches of x."""
+        """One matrix product: up to 4 times as fast where the kernel outweighs all patches of x."""
         _, height, width, _ = x.shape
         rows, columns = self.kernel_size
         if rows * columns > 1:  # else a patch is one position
