@@ -48,16 +48,16 @@ class Convolution(layers.Conv2D):
     def call(self, x):
         batch, height, width, _ = x.shape
         if None not in (batch, height, width):
-            pointwise = self.kernel_size == (1, 1)  # for large ones oneDNN has no fast loop at all
-            few = batch * height * width <= self.filters
-            if self.padding == "same" and (pointwise or few):
+            if self.padding == "same" and batch * height * width <= self.filters:
                 return self.as_product(x)
+            # Of one picture, in float32, TensorFlow gives oneDNN the kernel as it is, for which it
+            # has no fast loop; of several, it lets it have the kernel as it likes.
             if batch == 1 and self.compute_dtype == "float32" and uses_onednn():
-                return self.in_halves(x)
+                return self.as_product(x) if self.kernel_size == (1, 1) else self.in_halves(x)
         return ops.add(self.convolution_op(x, self.kernel), self.bias)
 
     def as_product(self, x):
-        """One matrix product: up to 4 times as fast where the kernel outweighs all patches of x."""
+        """One matrix product, up to 4 times as fast where the kernel outweighs all patches of x."""
         _, height, width, _ = x.shape
         rows, columns = self.kernel_size
         if rows * columns > 1:  # else a patch is one position
@@ -68,11 +68,7 @@ class Convolution(layers.Conv2D):
         return ops.add(ops.matmul(x, kernel), self.bias)
 
     def in_halves(self, x):
-        """The upper and the lower half of one picture as a batch of two.
-
-        Of one, in float32, TensorFlow gives oneDNN the kernel as it is, for which it has no fast
-        loop; of several, it lets it have the kernel as it likes.
-        """
+        """The upper and the lower half of one picture as a batch of two."""
         _, height, width, _ = self.compute_output_shape(x.shape)
         half = (height + 1) // 2
         start = half * self.strides[0]  # where the lower half begins
