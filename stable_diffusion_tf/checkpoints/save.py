@@ -91,7 +91,7 @@ def check_folder(target: Path, config: ModelConfig) -> None:
     """Raises ValueError where a folder of this config would be read as another, or not at all."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_texts(config, folder)
+        _write_texts(_config_files(config), folder)
         try:
             read = read_config(folder)
         except CheckpointError as error:
@@ -148,7 +148,8 @@ def export(
 
 def write_folder(models: Models, folder: Path, dtype: str) -> None:
     """A folder in the diffusers layout, with config and tokenizer."""
-    write_texts(models.config, folder)
+    tokenizer = {f"tokenizer/{name}": text for name, text in vocabulary_files().items()}
+    _write_texts(_config_files(models.config) | tokenizer, folder)
     for stem in dict.fromkeys(diffusers.FILES.values()):
         tensors = {}
         for part in (part for part in diffusers.FILES if diffusers.FILES[part] == stem):
@@ -156,12 +157,13 @@ def write_folder(models: Models, folder: Path, dtype: str) -> None:
         save_safetensors(tensors, folder / (stem + FILE), {"format": "pt"})
 
 
-def write_texts(config: ModelConfig, folder: Path) -> None:
-    """All of a folder but its weights."""
-    texts = {
-        name: json.dumps(values, indent=2) + "\n" for name, values in write_config(config).items()
-    }
-    texts |= {f"tokenizer/{name}": text for name, text in vocabulary_files().items()}
+def _config_files(config: ModelConfig) -> dict[str, str]:
+    """What `read_config` reads of a folder: {file: its text}."""
+    files = write_config(config)
+    return {name: json.dumps(values, indent=2) + "\n" for name, values in files.items()}
+
+
+def _write_texts(texts: dict[str, str], folder: Path) -> None:
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

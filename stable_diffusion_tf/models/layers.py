@@ -48,12 +48,14 @@ class Convolution(layers.Conv2D):
     def call(self, x):
         batch, height, width, _ = x.shape
         if None not in (batch, height, width):
-            if self.padding == "same" and batch * height * width <= self.filters:
-                return self.as_product(x)
             # Of one picture, in float32, TensorFlow gives oneDNN the kernel as it is, for which it
             # has no fast loop; of several, it lets it have the kernel as it likes.
-            if batch == 1 and self.compute_dtype == "float32" and uses_onednn():
-                return self.as_product(x) if self.kernel_size == (1, 1) else self.in_halves(x)
+            slow = batch == 1 and self.compute_dtype == "float32" and uses_onednn()
+            few = batch * height * width <= self.filters
+            if self.padding == "same" and (few or (slow and self.kernel_size == (1, 1))):
+                return self.as_product(x)
+            if slow:
+                return self.in_halves(x)
         return ops.add(self.convolution_op(x, self.kernel), self.bias)
 
     def as_product(self, x):

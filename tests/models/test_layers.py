@@ -83,6 +83,7 @@ def gradients(layer, x):
         (3, 2, (9, 7)),
         (3, 2, (8, 12)),
         (3, 2, (3, 3)),
+        (1, 2, (5, 8)),
     ],
 )
 def test_convolution(kernel, strides, size, batch):
