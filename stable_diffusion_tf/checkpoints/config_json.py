@@ -65,7 +65,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": True,
         "use_quant_conv": True,
     },
-    "scheduler": {"clip_sample": False, "thresholding": False, "trained_betas": None},
+    "scheduler": {"thresholding": False, "trained_betas": None},
 }
 
 # No model has more, and a network of a billion layers would take forever to fail to load.
@@ -73,11 +73,8 @@ MOST = 2**16  # of channels, tokens, timesteps
 LAYERS = 64
 LEVELS = 8
 
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-)
+INPAINT = "StableDiffusionInpaintPipeline"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", INPAINT)
 DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
 UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 PAD_TOKENS = {"!": 0, "<|endoftext|>": 49407}
@@ -198,7 +195,7 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
         text_encoder=text_encoder,
         unet=unet,
         autoencoder=autoencoder,
-        schedule=_read_schedule(Fields(folder / "scheduler" / "scheduler_config.json")),
+        schedule=_read_schedule(Fields(folder / "scheduler" / "scheduler_config.json"), index),
         image_size=fields.integer("sample_size", 64) * autoencoder.factor,
         guidance=float(guidance),
     )
@@ -298,8 +295,15 @@ def _check_groups(fields: Fields, widths: tuple[int, ...], groups: int) -> None:
         fields.refuse("norm_num_groups", f"a divisor of each of block_out_channels {widths}")
 
 
-def _read_schedule(fields: Fields) -> ScheduleConfig:
+def _read_schedule(fields: Fields, index: Fields) -> ScheduleConfig:
+    """The schedule as diffusers' pipelines take it, which overrule the scheduler's file.
+
+    All of them set the offset to 1; all but inpainting's turn `clip_sample` off.
+    """
     fields.only(SUPPORTED["scheduler"])
+    if index.values["_class_name"] == INPAINT:
+        fields.only({"clip_sample": False})
+    ours = OURS in index.values
     return ScheduleConfig(
         betas=fields.choice("beta_schedule", BETAS, "linear"),
         beta_start=fields.number("beta_start", 1e-4, below=1),
@@ -307,7 +311,7 @@ def _read_schedule(fields: Fields) -> ScheduleConfig:
         train_steps=fields.integer("num_train_timesteps", 1000),
         prediction=fields.choice("prediction_type", PREDICTIONS, "epsilon"),
         spacing=fields.choice("timestep_spacing", SPACINGS, None),
-        offset=fields.integer("steps_offset", 1, least=0),  # 1: what diffusers' pipelines set
+        offset=fields.integer("steps_offset", 1, least=0) if ours else 1,
         final_alpha_one=fields.flag(
             "set_alpha_to_one", fields.values.get("_class_name") == "DDIMScheduler"
         ),
@@ -330,7 +334,7 @@ def write_config(config: ModelConfig) -> dict[str, dict[str, Any]]:
     pad_token = _key(PAD_TOKENS, text.pad_token)
     return {
         "model_index.json": {
-            "_class_name": f"StableDiffusion{'Inpaint' if unet.inpaints else ''}Pipeline",
+            "_class_name": INPAINT if unet.inpaints else PIPELINES[0],
             "_diffusers_version": "0.35.0",  # its inpainting pipeline opens none without
             OURS: {"name": config.name, "guidance": config.guidance},
             "feature_extractor": [None, None],
@@ -399,6 +403,7 @@ def write_config(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "beta_end": schedule.beta_end,
             "beta_schedule": schedule.betas,
             "beta_start": schedule.beta_start,
+            "clip_sample": False,
             "num_train_timesteps": schedule.train_steps,
             "prediction_type": _key(PREDICTIONS, schedule.prediction),
             "rescale_betas_zero_snr": schedule.zero_terminal_snr,

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -54,12 +54,12 @@ DTYPES = {
 MAX_JSON = 4 * 2**20  # bytes, of a header too: twenty times a large model's, but little when parsed
 MAX_RANK = 32  # of a NumPy array
 
-# First bytes of what people take for safetensors.
-LOOKALIKES = (
+# First bytes of what people take for a checkpoint's file, and for weights.
+NOT_DOWNLOADED = (
     (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`, or download the file"),
     (b"<", "an HTML or XML page, likely an error page: download the file again"),
-    (b"{", "JSON: download the weights themselves"),
 )
+LOOKALIKES = (*NOT_DOWNLOADED, (b"{", "JSON: download the weights themselves"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def regular_file(path: Path) -> Version:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON file that holds an object, without repeated keys.
+    """A JSON file that holds an object, without repeated keys. NaN and infinities may be in it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -176,10 +176,10 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} is too large for a JSON file of a checkpoint.")
     data = path.read_bytes()
     try:
-        return _parse_object(data)
+        return _parse_object(data, constant=float)
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is not the JSON it should be ({error}){looks_like(data)}."
+            f"{path} is not the JSON it should be ({error}){looks_like(data, NOT_DOWNLOADED)}."
         ) from None
 
 
@@ -196,7 +196,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, _Entry], dict[str, st
     try:
         if not header.startswith(b"{"):
             raise ValueError("it does not begin with '{'")
-        fields = _parse_object(header)
+        fields = _parse_object(header, constant=_refuse)
         metadata = _check_metadata(fields.pop("__metadata__", None))
         entries = {name: _check_entry(name, field) for name, field in fields.items()}
         end = _check_layout(entries)
@@ -261,8 +261,11 @@ def _check_layout(entries: Mapping[str, _Entry]) -> int:
     return end
 
 
-def _parse_object(data: bytes) -> dict[str, Any]:
-    """JSON bytes -> dict; refuses what Python's parser lets through and the standard does not."""
+def _parse_object(data: bytes, constant: Callable[[str], Any]) -> dict[str, Any]:
+    """JSON bytes -> dict; refuses what Python's parser lets through and the standard does not.
+
+    Only `constant` decides about NaN, Infinity and -Infinity, which Python writes for floats.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -279,9 +282,6 @@ def _parse_object(data: bytes) -> dict[str, Any]:
             raise ValueError("-0 is not an integer")
         return int(text)
 
-    def constant(text: str) -> None:
-        raise ValueError(f"{text} is not JSON")
-
     try:
         fields = json.loads(
             data.decode(), object_pairs_hook=unique, parse_int=integer, parse_constant=constant
@@ -293,15 +293,19 @@ def _parse_object(data: bytes) -> dict[str, Any]:
     return fields
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _truncated(path: Path, size: int, needed: int) -> CheckpointError:
     return CheckpointError(
         f"{path} is truncated: it has {size} of at least {needed} bytes. Download it again."
     )
 
 
-def looks_like(data: bytes) -> str:
+def looks_like(data: bytes, known: Iterable[tuple[bytes, str]] = LOOKALIKES) -> str:
     start = data.lstrip()
-    for magic, what in LOOKALIKES:
+    for magic, what in known:
         if start.startswith(magic):
             return f"; it looks like {what}"
     return ""

@@ -341,7 +341,6 @@ def test_presets_are_found_in_a_clone_and_in_a_wheel(tmp_path, tiny_folder, monk
         ),
         ("tokenizer/special_tokens_map.json", {"pad_token": "[PAD]"}, r"pad_token = '\[PAD\]'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
-        ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"beta_start": -1e-4}, "a positive number below 1 is"),
         ("scheduler/scheduler_config.json", {"beta_end": 5}, "a positive number below 1 is"),

@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 
 import ml_dtypes
@@ -199,9 +200,20 @@ def test_an_index_that_does_not_fit_is_refused(sharded, weight_map, message):
         open_tensors(sharded)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": 1, "a": 2}', b"<html>", b'{"a": NaN}'])
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": 1, "a": 2}', b"<html>", b'{"a": 1,}'])
 def test_json_that_is_no_plain_object_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
         read_json(path)
+    assert "looks like JSON" not in str(caught.value)
+
+
+def test_only_a_header_of_weights_knows_no_infinity(tmp_path):
+    path = tmp_path / "some"
+    path.write_bytes(b'{"least": -Infinity}')
+    assert read_json(path) == {"least": -math.inf}
+    for constant in (b"NaN", b"Infinity", b"-Infinity"):
+        path.write_bytes(packed(b'{"__metadata__": {"a": ' + constant + b"}}"))
+        with pytest.raises(CheckpointError, match=f"{constant.decode()} is not JSON"):
+            SafetensorsFile(path)
