@@ -66,6 +66,25 @@ def test_download_then_where_then_verify(preset):
     assert "1 damaged; delete" in verified.stderr
 
 
+def test_a_repository_that_is_not_whole_is_neither_found_nor_good(hub, tiny_model):
+    paths = [path for path in tiny_model.rglob("*") if path.is_file()]
+    files = {path.relative_to(tiny_model).as_posix(): path.read_bytes() for path in paths}
+    hub.repositories[REPO] = files
+    assert sdtf("download", REPO).exit_code == 0
+    for command in ("where", "verify"):
+        result = sdtf(command, REPO)
+        assert (result.exit_code, len(result.stdout.splitlines())) == (0, len(files))
+
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    cached(HubFile(REPO, unet)).resolve().unlink()
+    for command in ("where", "verify"):
+        result = sdtf(command, REPO)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"Error: Not downloaded: {REPO}/{unet}. Run `sdtf weights download {REPO}`.\n"
+        )
+
+
 def test_what_goes_wrong_is_said_in_one_line(hub):
     result = sdtf("download", "no/such-model")
     assert result.exit_code == 2

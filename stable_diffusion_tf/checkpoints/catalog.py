@@ -178,7 +178,8 @@ def open_checkpoint(
         vae: a file, or a folder with one, whose encoder and decoder are taken instead; in the
             diffusers layout with the `config.json` beside it, whose scale of latents it has.
         ema: take the UNet's moving average where a single file has both.
-        variant: such as "fp16": which weights of a diffusers folder or repository to take.
+        variant: such as "fp16": which weights of a diffusers folder or repository to take, of the
+            networks that have them.
 
     Raises:
         FileNotFoundError: the folder lacks files; all of them are named.
@@ -310,7 +311,9 @@ def download(source: str) -> list[Path]:
 
 
 def stored_files(source: str) -> list[HubFile]:
-    """A model's files on a hub, of a repository those that are in the cache. Needs no network.
+    """A model's files on a hub; of a repository those that the cache has, or lacks of the model.
+
+    Needs no network.
 
     Args:
         source: a preset that is on a hub, "owner/name" or "owner/name/path".

@@ -7,14 +7,17 @@ vae/diffusion_pytorch_model.safetensors             AutoencoderKL: encoder and d
 Each may be PyTorch's `.bin` instead, or an index (`.index.json`) of several files.
 """
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from stable_diffusion_tf.checkpoints.config_json import read_config
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Table
 from stable_diffusion_tf.checkpoints.tensors import open_tensors
+
+log = logging.getLogger(__name__)
 
 # PyTorch names a layer's array `weight` whatever it is, and puts the output axis first.
 SUFFIXES = {
@@ -85,26 +88,41 @@ TOKENIZER_FILES = ("tokenizer/special_tokens_map.json", "tokenizer/tokenizer_con
 
 
 def find_weights(
-    part: str, exists: Callable[[str], bool], variant: str | None = None
+    part: str, exists: Callable[[str], bool], variants: Iterable[str | None] = VARIANTS
 ) -> str | None:
     """Of the files in a folder, the one with the weights of `part`: its path in the folder.
 
-    Safetensors come before PyTorch's files, and without a wish for a `variant`, none before fp16.
+    The first of the `variants` that is there, of it safetensors before PyTorch's files.
     """
     names = (
         (OLD_FILES if ending.startswith(".bin") else FILES)[part] + _ending(ending, variant)
-        for variant in (VARIANTS if variant is None else (variant,))
+        for variant in variants
         for ending in ENDINGS
     )
     return next(filter(exists, names), None)
 
 
-def missing_files(exists: Callable[[str], bool], variant: str | None = None) -> list[str]:
-    """What a folder lacks in which these files exist."""
-    found = {stem: find_weights(part, exists, variant) for part, stem in FILES.items()}
+def find_all(
+    exists: Callable[[str], bool], variant: str | None = None
+) -> tuple[dict[str, str | None], list[str]]:
+    """Each part's weights in a folder in which these files exist, and what the folder lacks.
+
+    As in diffusers, a part without the `variant` has its plain file, if another part has it.
+    """
+
+    def found(*variants: str | None) -> dict[str, str | None]:
+        return {part: find_weights(part, exists, variants) for part in FILES}
+
+    names = found(*VARIANTS) if variant is None else found(variant)
+    if variant is not None and any(names.values()):
+        plain = {part: name for part, name in found(None).items() if name and not names[part]}
+        if plain:
+            taken = ", ".join(dict.fromkeys(plain.values()))
+            log.warning("not every network has the variant %r; taken without: %s", variant, taken)
+        names |= plain
     missing = [name for name in JSON_FILES if not exists(name)]
-    weights = [stem + _ending(ENDINGS[0], variant) for stem, name in found.items() if name is None]
-    return missing + weights
+    absent = dict.fromkeys(FILES[part] for part, name in names.items() if name is None)
+    return names, missing + [stem + _ending(ENDINGS[0], variant) for stem in absent]
 
 
 def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Checkpoint:
@@ -112,8 +130,8 @@ def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Checkp
 
     Args:
         folder: what has a `model_index.json`.
-        variant: such as "fp16": which of the weights to take if there are several; None: those of
-            no variant, else fp16.
+        variant: such as "fp16": which of the weights to take, where a part has them; None: those
+            of no variant, else fp16.
 
     Raises:
         FileNotFoundError: files are missing; all of them are named.
@@ -124,13 +142,13 @@ def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Checkp
     def exists(name: str) -> bool:
         return (folder / name).exists()
 
-    if missing := missing_files(exists, variant):
+    names, missing = find_all(exists, variant)
+    if missing:
         raise FileNotFoundError(
             f"{folder} is not a whole model in the diffusers layout: {', '.join(missing)} missing; "
             "download the whole folder."
         )
     config = read_config(folder)
-    names = {part: find_weights(part, exists, variant) for part in FILES}
     files = {name: open_tensors(folder / name) for name in dict.fromkeys(names.values())}
     return Checkpoint(
         config, {part: partial(TABLES[part].match, file=files[names[part]]) for part in FILES}

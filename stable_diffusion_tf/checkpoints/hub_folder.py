@@ -1,6 +1,7 @@
 """A repository in the diffusers layout: only what is needed of it, part by part."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from stable_diffusion_tf.checkpoints.diffusers import (
     JSON_FILES,
     TABLES,
     TOKENIZER_FILES,
-    find_weights,
-    missing_files,
+    find_all,
 )
 from stable_diffusion_tf.checkpoints.fit import Match
 from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile, cached, fetch, list_files
@@ -45,19 +45,20 @@ class HubFolder:
         except DownloadError as error:
             if (path := cached(index)) is None:
                 raise
-            self._names, license, unreachable = _names(path.parent), "", error
+            here = [file.name for file in cached_files(repo) if cached(file)]
+            self._names, license, unreachable = here, "", error
         else:
             if index.name not in self._names:
                 raise CheckpointError(f"{repo} {_not_the_layout(repo, self._names)}")
             path, unreachable = fetch(index), None
-        if missing := missing_files(self._names.__contains__, variant):
+        self._weights, missing = find_all(self._names.__contains__, variant)
+        if missing:
             raise unreachable or FileNotFoundError(
                 f"{repo} is not a whole model in the diffusers layout: it lacks "
                 f"{', '.join(missing)}."
             )
         self._file = replace(index, revision=path.parent.name)
         self._license = license or "none named there"
-        self._variant = variant
         for name in (*JSON_FILES, *TOKENIZER_FILES):
             if name in self._names:
                 fetch(replace(self._file, name=name))
@@ -69,13 +70,10 @@ class HubFolder:
 
     def fetch(self, part: str) -> Path:
         """The file of a part's weights; of weights in shards, their index."""
-        path = self._fetch(find_weights(part, self._names.__contains__, self._variant))
-        if path.suffix == ".json":
-            places = read_json(path).get("weight_map")  # what is wrong with it shows on opening
-            shards = set(map(str, places.values())) if isinstance(places, dict) else ()
-            folder = Path(FILES[part]).parent.as_posix()
-            for name in sorted({f"{folder}/{shard}" for shard in shards}.intersection(self._names)):
-                self._fetch(name)
+        name = self._weights[part]
+        path = self._fetch(name)
+        for shard in sorted(_shards(path, name).intersection(self._names)):
+            self._fetch(shard)
         return path
 
     def download(self) -> list[Path]:
@@ -87,16 +85,32 @@ class HubFolder:
 
 
 def cached_files(repo: str) -> list[HubFile]:
-    """The files of a repository that are in the cache, of the commit that "main" was last."""
+    """A repository's files in the cache, and those that the model lacks there.
+
+    They are of the commit that "main" was last; none if the cache does not know the repository.
+    """
     index = HubFile(repo, JSON_FILES[0])
     if (path := cached(index)) is None:
         return []
-    names = _names(path.parent)
-    return [replace(index, name=name, revision=path.parent.name) for name in names]
+    folder = path.parent
+    # A link in the cache can outlive what it leads to.
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    weights, missing = find_all(names.__contains__)
+    names.update(missing)
+    for name in filter(None, weights.values()):
+        with suppress(FileNotFoundError, CheckpointError):  # said when it is hashed, or opened
+            names |= _shards(folder / name, name)
+    return [replace(index, name=name, revision=folder.name) for name in sorted(names)]
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+def _shards(path: Path, name: str) -> set[str]:
+    """What a file of weights is the index of, by names in the repository; nothing if it is none."""
+    if path.suffix != ".json":
+        return set()
+    places = read_json(path).get("weight_map")  # what is wrong with it shows on opening
+    shards = set(map(str, places.values())) if isinstance(places, dict) else ()
+    folder = name.rpartition("/")[0]
+    return {f"{folder}/{shard}" for shard in shards if "/" not in shard}
 
 
 def _not_the_layout(repo: str, names: Sequence[str]) -> str:

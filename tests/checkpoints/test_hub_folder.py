@@ -14,7 +14,7 @@ from stable_diffusion_tf.checkpoints.catalog import (
     stored_files,
 )
 from stable_diffusion_tf.checkpoints.diffusers import FILES as PARTS
-from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile
+from stable_diffusion_tf.checkpoints.hub import DownloadError, HubFile, cached
 from stable_diffusion_tf.checkpoints.hub_folder import HubFolder
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 
@@ -56,10 +56,15 @@ def test_a_repository_s_name_is_its_model_s_unless_it_says_another(hub, tiny_rep
 def test_a_variant_of_a_repository_is_fetched(hub, tiny_repo):
     with pytest.raises(FileNotFoundError, match=r"it lacks text_encoder/model\.fp16\.safetensors"):
         open_checkpoint(REPO, variant="fp16")
-    for name in FILES.values():
-        tiny_repo[name.replace(".safetensors", ".fp16.safetensors")] = tiny_repo[name]
+    half = {name: name.replace(".safetensors", ".fp16.safetensors") for name in FILES.values()}
+    tiny_repo[half[FILES["unet"]]] = tiny_repo[FILES["unet"]]
     assert open_checkpoint(REPO, variant="fp16").config == TINY
-    assert HubFolder(REPO, "fp16").fetch("unet").name == "diffusion_pytorch_model.fp16.safetensors"
+    folder = HubFolder(REPO, "fp16")
+    assert folder.fetch("unet").name == "diffusion_pytorch_model.fp16.safetensors"
+    assert folder.fetch("decoder").name == "diffusion_pytorch_model.safetensors"
+    tiny_repo |= {half[name]: tiny_repo[name] for name in half}
+    folder = HubFolder(REPO, "fp16")
+    assert folder.fetch("decoder").name == "diffusion_pytorch_model.fp16.safetensors"
 
 
 def test_shards_are_fetched_with_their_index(hub, tiny_repo):
@@ -72,6 +77,28 @@ def test_shards_are_fetched_with_their_index(hub, tiny_repo):
     before = len(hub.downloads())
     folder.fetch("unet")
     assert hub.downloads()[before:] == [index, "unet/a.safetensors", "unet/b.safetensors"]
+
+
+def test_what_a_model_lacks_in_the_cache_is_known_without_a_network(hub, tiny_repo):
+    def lacking():
+        return {file.name for file in stored_files(REPO) if cached(file) is None}
+
+    index, shard = FILES["unet"] + ".index.json", "unet/a.safetensors"
+    tiny_repo[index] = json.dumps({"weight_map": {"x": "a.safetensors"}}).encode()
+    tiny_repo[shard] = tiny_repo.pop(FILES["unet"])
+    open_checkpoint(REPO)
+    asked = len(hub.requests)
+    assert lacking() == {*FILES.values()}
+    assert len(hub.requests) == asked
+
+    download(REPO)
+    assert lacking() == set()
+    for name in (shard, "vae/config.json"):  # the link remains
+        cached(HubFile(REPO, name)).resolve().unlink()
+        assert lacking() == {name}
+        download(REPO)
+    cached(HubFile(REPO, index)).resolve().unlink()
+    assert lacking() == {index}
 
 
 def test_without_a_network_what_was_fetched_opens(hub, tiny_repo):

@@ -255,6 +255,20 @@ def test_a_variant_is_taken_when_asked_for(tiny_folder, tiny_weights):
         open_checkpoint(tiny_folder, variant="non_ema")
 
 
+def test_a_variant_of_one_network_is_taken_with_the_others_plain_files(
+    tiny_folder, tiny_weights, caplog
+):
+    average = {name: weight + 1 for name, weight in tiny_weights["unet"].items()}
+    path = (tiny_folder / FILES["unet"]).with_suffix(".non_ema.safetensors")
+    save_safetensors(average, path)
+    check(open_checkpoint(tiny_folder, variant="non_ema"), tiny_weights | {"unet": average})
+    assert f"'non_ema'; taken without: {FILES['text_encoder']}, {FILES['vae']}\n" in caplog.text
+
+    (tiny_folder / FILES["vae"]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"diffusers layout: vae/\S+\.non_ema\.\S+ missing"):
+        open_checkpoint(tiny_folder, variant="non_ema")
+
+
 def test_an_option_without_a_meaning_is_refused(tmp_path, tiny_model, tiny_weights, h5_at_once):
     save_safetensors(layouts.compvis(tiny_weights), tmp_path / "file")
     by_network = layouts.write_keras(tmp_path / "h5", tiny_weights, functional=True)
