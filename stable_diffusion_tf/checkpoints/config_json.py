@@ -6,6 +6,7 @@ refused by name: `SUPPORTED` lists the values of the keys that only have one.
 
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", INPAIN
 DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
 UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 PAD_TOKENS = {"!": 0, "<|endoftext|>": 49407}
-BETAS = {"linear": "linear", "scaled_linear": "scaled_linear"}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
-SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+BETAS = ("linear", "scaled_linear")
+SPACINGS = ("leading", "trailing", "linspace")
+ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 class Fields:
@@ -120,14 +121,14 @@ class Fields:
             self.refuse(key, "true or false")
         return value
 
-    def choice(self, key: str, known: dict[str, Any], default: str | None) -> Any:
-        """What `known` has for the value; None if the key is absent and has no default."""
+    def choice(self, key: str, known: Collection[str], default: str | None) -> Any:
+        """One of the `known` words; None if the key is absent and has no default."""
         value = self.values.get(key, default)
         if value is None and key not in self.values:
             return None
         if not isinstance(value, str) or value not in known:
             self.refuse(key, " or ".join(map(repr, known)))
-        return known[value]
+        return value
 
     def per_level(self, key: str, default: Any, levels: int | None = None) -> tuple[int, ...]:
         """Positive integers, one a level; a single one stands for all."""
@@ -229,7 +230,7 @@ def _read_pad_token(folder: Path) -> int:
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             continue
-        if token not in PAD_TOKENS:
+        if not isinstance(token, str) or token not in PAD_TOKENS:
             fields.refuse("pad_token", " or ".join(map(repr, PAD_TOKENS)))
         return PAD_TOKENS[token]
     return TextEncoderConfig.pad_token
@@ -309,7 +310,7 @@ def _read_schedule(fields: Fields, index: Fields) -> ScheduleConfig:
         beta_start=fields.number("beta_start", 1e-4, below=1),
         beta_end=fields.number("beta_end", 0.02, below=1),
         train_steps=fields.integer("num_train_timesteps", 1000),
-        prediction=fields.choice("prediction_type", PREDICTIONS, "epsilon"),
+        prediction=PREDICTIONS[fields.choice("prediction_type", PREDICTIONS, "epsilon")],
         spacing=fields.choice("timestep_spacing", SPACINGS, None),
         offset=fields.integer("steps_offset", 1, least=0) if ours else 1,
         final_alpha_one=fields.flag(

@@ -340,6 +340,8 @@ def test_presets_are_found_in_a_clone_and_in_a_wheel(tmp_path, tiny_folder, monk
             "an integer from 3 to 65536 is",
         ),
         ("tokenizer/special_tokens_map.json", {"pad_token": "[PAD]"}, r"pad_token = '\[PAD\]'"),
+        ("tokenizer/special_tokens_map.json", {"pad_token": ["!"]}, r"pad_token = \['!'\]"),
+        ("tokenizer/special_tokens_map.json", {"pad_token": {"content": {}}}, "pad_token = {'c"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"beta_start": -1e-4}, "a positive number below 1 is"),
