@@ -77,7 +77,7 @@ VAE = setting("--vae", metavar="PATH", help="Another autoencoder: a file, or a f
 PREDICTION = setting(
     "--prediction",
     type=click.Choice(["epsilon", "v"]),
-    help="What a single file's network predicts, where nothing says it.",
+    help="What the model's network predicts, whatever its own files say.",
 )
 
 

@@ -55,14 +55,14 @@ def fetch(file: HubFile) -> Path:
     Raises:
         DownloadError: it cannot be had, or is damaged.
     """
-    stored_before = _stored(file.repo)
+    there_before = _entries(file.repo)
     path = cached(file)
     if path is None:
         announce(file.repo, file.license, file.sha256 is not None)
     if path is None or file.sha256 is None:
         path = _download(file)
     stored = _target(path)
-    is_new = stored not in stored_before
+    is_new = stored not in there_before
     expected = expected_hash(file, path) or (_hub_hash(file) if is_new else None)
     if expected is None or (found := _hash(path, expected)) == expected:
         return path
@@ -196,7 +196,7 @@ def _in_cache(stored: Path) -> bool:
     return blobs.name == "blobs" and blobs.parent.parent == Path(cache)
 
 
-def _stored(repo: str) -> set[Path]:
+def _entries(repo: str) -> set[Path]:
     """All that the cache has of a repository."""
     from huggingface_hub import constants
 

@@ -52,7 +52,7 @@ class InOrder:
         for variable, name in zip(ordered, names, strict=False):
             shape = tuple(variable.shape)
             found = file.shape(name)
-            if not re.search(rf"/{variable.path.rpartition('/')[2]}(:0)?$", name):
+            if not re.search(rf"/{variable.path.rpartition('/')[2]}:0$", name):
                 misfits.append(f"{name} is where {variable.path} should be")
             else:
                 pointwise = len(shape) == 2 and found == (1, 1, *shape)

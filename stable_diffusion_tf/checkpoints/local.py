@@ -14,7 +14,7 @@ from stable_diffusion_tf.checkpoints.diffusers import ENDINGS, FILES, find_weigh
 from stable_diffusion_tf.checkpoints.fit import Checkpoint, Part
 from stable_diffusion_tf.checkpoints.layouts import find_config, find_layout
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, TensorFile
-from stable_diffusion_tf.checkpoints.tensors import H5_MAGIC, open_tensors
+from stable_diffusion_tf.checkpoints.tensors import H5_MAGIC, first_bytes, open_tensors
 from stable_diffusion_tf.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _open_folder(
         return open_folder(folder, variant)
     refuse_options(folder, variant=variant)
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    h5 = {path: open_tensors(path) for path in files if _begins_with(path, H5_MAGIC)}
+    h5 = {path: open_tensors(path) for path in files if first_bytes(path).startswith(H5_MAGIC)}
     if not h5:
         others = [path.name for path in files if path.suffix in (".ckpt", ".safetensors", ".pt")]
         raise CheckpointError(
@@ -161,11 +161,6 @@ def open_vae(path: Path, config: ModelConfig) -> Checkpoint:
     return Checkpoint(
         config, {part: partial(held[part].match, file=file) for part in ("encoder", "decoder")}
     )
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def listing(names: Iterable[str]) -> str:

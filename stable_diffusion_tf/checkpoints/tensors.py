@@ -74,7 +74,8 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
         CheckpointError: it is something else, damaged, or more than data.
     """
     path = Path(path)
-    start = _first_bytes(path)
+    regular_file(path)
+    start = first_bytes(path)
     is_index = start.lstrip().startswith(b"{") and b"\0" not in start
     return ShardedFile(path) if is_index else _open_one(path)
 
@@ -85,7 +86,8 @@ def stored_in(file: TensorFile) -> list[Path]:
 
 
 def _open_one(path: Path) -> TensorFile:
-    start = _first_bytes(path)
+    regular_file(path)
+    start = first_bytes(path)
     if start[4:9] == b"\0\0\0\0{":  # the first four may be any: the length of a header
         return SafetensorsFile(path)
     for magic, reader in MAGIC.items():
@@ -96,7 +98,7 @@ def _open_one(path: Path) -> TensorFile:
     )
 
 
-def _first_bytes(path: Path) -> bytes:
-    regular_file(path)
+def first_bytes(path: Path) -> bytes:
+    """Enough of a file to say what it is."""
     with path.open("rb") as file:
         return file.read(64)
