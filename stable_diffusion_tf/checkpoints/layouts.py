@@ -27,9 +27,14 @@ REFUSED = (
     (r"lora_|\.lora\.|\.hada_w", "a LoRA, which changes a model and is none"),
     (r"^(string_to_param|emb_params)", "a textual inversion, which is a word and no model"),
     (r"^(control_model|controlnet_\w+)\.", "a ControlNet, which steers a model and is none"),
-    (r"^conditioner\.|label_emb\.|(^|\.)add_embedding\.", "a Stable Diffusion XL model"),
-    (r"joint_blocks\.|double_blocks\.|joint_transformer", "a diffusion transformer (SD 3, Flux)"),
     (r"temporal|time_mixer|time_stack", "a video model"),
+    (
+        r"^conditioner\.|(^|\.)add_embedding\.|(input|down)_blocks\..*\.transformer_blocks\.1\.",
+        "a Stable Diffusion XL model",
+    ),
+    (r"(label_emb|class_embedding)\.weight$", "the x4 upscaler or another with labels"),
+    (r"(label_emb|class_embedding)\.", "Stable unCLIP, which varies a picture"),
+    (r"joint_blocks\.|double_blocks\.|joint_transformer", "a diffusion transformer (SD 3, Flux)"),
 )
 LAYOUTS = (
     Layout(r"/(kernel|gamma|embeddings):0$", keras_h5.tables),
@@ -55,7 +60,6 @@ CONV_IN = re.compile(
 INPUTS = {4: "", 9: "-inpainting"}
 OTHER_INPUTS = {
     5: "the depth-to-image model",
-    7: "the upscaler",
     8: "an image-editing model such as InstructPix2Pix",
 }
 

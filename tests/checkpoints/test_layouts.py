@@ -369,6 +369,9 @@ def test_a_config_is_only_for_files_without_one(tiny_model, source):
             open_checkpoint(source, config=config)
 
 
+UNET = "model.diffusion_model."
+
+
 def wrong(tmp_path, content):
     path = tmp_path / "model.safetensors"
     if isinstance(content, bytes):
@@ -390,7 +393,14 @@ def wrong(tmp_path, content):
         (b"PK\x03\x04" + bytes(30), "zip archive"),
         (b"\x89HDF\r\n\x1a\n" + bytes(90), "damaged"),
         ([("conditioner.embedders.0.transformer.x", 1)], "Stable Diffusion XL"),
-        ([("model.diffusion_model.label_emb.0.0.weight", 1)], "Stable Diffusion XL"),
+        ([(f"{UNET}input_blocks.4.1.transformer_blocks.1.x", 1)], "Stable Diffusion XL"),
+        ([("down_blocks.1.attentions.0.transformer_blocks.1.x", 1)], "Stable Diffusion XL"),
+        ([("conditioner.x", 1), (f"{UNET}label_emb.0.0.weight", 1)], "Stable Diffusion XL"),
+        ([("conditioner.x", 1), (f"{UNET}input_blocks.1.1.time_stack.x", 1)], "a video model"),
+        ([(f"{UNET}label_emb.weight", 1)], "the x4 upscaler"),
+        ([("class_embedding.weight", 1), ("down_blocks.0.x", 1)], "the x4 upscaler"),
+        ([(f"{UNET}label_emb.0.0.weight", 1)], "unCLIP"),
+        ([("class_embedding.linear_1.weight", 1), ("down_blocks.0.x", 1)], "unCLIP"),
         ([("lora_unet_down_blocks_0.alpha", 1)], "a LoRA"),
         ([("unet.down_blocks.0.attn1.to_q.lora.up.weight", 1)], "a LoRA"),
         ([("emb_params", 1)], "a textual inversion"),
