@@ -29,6 +29,7 @@ from stable_diffusion_tf.repeat import (
     taken,
 )
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
+from stable_diffusion_tf.screen import printable
 from stable_diffusion_tf.settings import KEYWORD, png_text
 
 if TYPE_CHECKING:
@@ -441,12 +442,6 @@ def info(picture: str, as_json: bool) -> None:
         if key not in text:
             raise ValueError(f"{picture} does not say how it was drawn: it has no text {key!r}.")
         click.echo(printable(text[key]))
-
-
-def printable(text: str) -> str:
-    """A stranger's text for the screen: what could steer a terminal, as escapes."""
-    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(steering, lambda match: ascii(match[0])[1:-1], text)
 
 
 @main.group()

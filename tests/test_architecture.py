@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 BACKENDS = {"tensorflow", "jax", "torch", "openvino"}
 
 ROWS = [
-    {"files"},
+    {"files", "screen"},
     {"config", "images", "settings", "compile", "tokenizer", "preview", "samplers", "tiling"},
     {"arguments", "models", "diffusion"},
     {"checkpoints", "networks", "tasks"},
@@ -31,7 +31,7 @@ ALLOWED = {
     "arguments": {"images"},
     "models": {"config", "compile"},
     "diffusion": {"config", "compile"},
-    "checkpoints": {"files", "config", "tokenizer", "models"},
+    "checkpoints": {"files", "screen", "config", "tokenizer", "models"},
     "networks": {"config", "images", "preview", "tiling", "diffusion"},
     "tasks": {"config", "images", "diffusion"},
 }

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stable_diffusion_tf.screen import printable
+
 
 class DownloadError(OSError):
     """A file that cannot be had: the message says which, why, and what to do."""
@@ -158,8 +160,8 @@ def announce(repo: str, license: str, pinned: bool) -> None:
         return
     check = "" if pinned else " They are unpinned: checked against the hub's own hashes only."
     tqdm.write(
-        f"Downloading weights from {page(repo)}. Their licence: {license}. Read it before you use "
-        f"them.{check} No safety checker is included: pictures are not filtered.",
+        f"Downloading weights from {page(repo)}. Their licence: {printable(license)}. Read it "
+        f"before you use them.{check} No safety checker is included: pictures are not filtered.",
         file=sys.stderr,
     )
 

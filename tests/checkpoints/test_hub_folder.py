@@ -67,6 +67,12 @@ def test_a_variant_of_a_repository_is_fetched(hub, tiny_repo):
     assert folder.fetch("decoder").name == "diffusion_pytorch_model.fp16.safetensors"
 
 
+def test_a_licence_cannot_steer_the_terminal(hub, tiny_repo, capsys):
+    hub.license = "x\x1b[2J\x07"
+    HubFolder(REPO).fetch("unet")
+    assert r"Their licence: x\x1b[2J\x07. Read" in capsys.readouterr().err
+
+
 def test_shards_are_fetched_with_their_index(hub, tiny_repo):
     tensors = ["a.safetensors", "b.safetensors"]
     tiny_repo |= {f"unet/{name}": name.encode() for name in tensors}
