@@ -173,8 +173,9 @@ def open_checkpoint(
             "owner/name" of a repository in the diffusers layout, or "owner/name/path" of a file.
             What this function gave is taken as it is.
         config: of the model in files whose tensors' sizes are not those of a published one.
-        prediction: what the UNet predicts; None: what the source's config says. Single files are
-            taken as "epsilon" unless they or a `.yaml` beside them say otherwise: tensors cannot.
+        prediction: what the UNet predicts; None: what `config` or the source's own says. Without
+            either, files are taken as "epsilon" unless they or a `.yaml` beside them say otherwise:
+            tensors cannot.
         vae: a file, or a folder with one, whose encoder and decoder are taken instead; in the
             diffusers layout with the `config.json` beside it, whose scale of latents it has.
         ema: take the UNet's moving average where a single file has both.

@@ -107,16 +107,13 @@ def _open_files(
     layouts = {part: find_layout(file) for part, file in files.items()}
     if not any(layout.tables is compvis.tables for layout in layouts.values()):
         refuse_options(", ".join(str(file.path) for file in files.values()), ema=ema)
-    if prediction is None:
-        said = (_prediction(file) for file in files.values())
-        prediction = next(filter(None, said), None)
-    config = config or replace(find_config(files.values(), prediction), name=name)
-    if prediction is None and None in paths and config.unet.linear_projection:
-        log.warning(
-            "%s: nothing says what this model of Stable Diffusion 2 predicts; taken as epsilon, as "
-            "those of 512 pixels do. For one of 768 pixels give prediction 'v'.",
-            paths[None],
-        )
+    is_assumed = False
+    if config is None:
+        if prediction is None:
+            said = (_prediction(file) for file in files.values())
+            prediction = next(filter(None, said), None)
+        config = replace(find_config(files.values(), prediction), name=name)
+        is_assumed = prediction is None and config.unet.linear_projection
     if prediction is not None:
         config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     parts: dict[str, Part] = {}
@@ -124,7 +121,14 @@ def _open_files(
         held = layouts[wanted].tables(config, file, ema)
         if wanted is not None and wanted not in held:
             raise CheckpointError(f"{file.path} does not hold the {wanted}, but {listing(held)}.")
-        parts |= {p: partial(t.match, file=file) for p, t in held.items() if wanted in (None, p)}
+        taken = {p: partial(t.match, file=file) for p, t in held.items() if wanted in (None, p)}
+        if "unet" in taken and is_assumed:
+            log.warning(
+                "%s: nothing says what this model of Stable Diffusion 2 predicts; taken as "
+                "epsilon, as those of 512 pixels do. For one of 768 pixels give prediction 'v'.",
+                file.path,
+            )
+        parts |= taken
     return Checkpoint(config, parts)
 
 

@@ -332,12 +332,19 @@ def test_models_of_another_kind_are_named(file, message):
         find_config([file], None)
 
 
-def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weights):
+SD_2_FILE = {  # enough to be taken for one
+    "model.diffusion_model.input_blocks.0.0.weight": np.zeros((320, 4, 3, 3), np.float16),
+    "first_stage_model.quant_conv.bias": np.zeros(8, np.float16),
+    "cond_stage_model.model.token_embedding.weight": np.zeros((2, 1024), np.float16),
+}
+
+
+def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path):
     path = tmp_path / "768-v-ema.safetensors"
-    save_safetensors(layouts.compvis(tiny_weights), path)
+    save_safetensors(SD_2_FILE, path)
 
     def prediction(**options):
-        return open_checkpoint(path, config=TINY, **options).config.schedule.prediction
+        return open_checkpoint(path, **options).config.schedule.prediction
 
     assert prediction() == "epsilon"
     assert prediction(prediction="v") == "v"
@@ -346,18 +353,26 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path, tiny_weig
     assert prediction(prediction="epsilon") == "epsilon"
     # The file itself comes before what lies beside it, in ModelSpec's words or in diffusers'.
     for said, expected in (("v", "v"), ("v_prediction", "v"), ("epsilon", "epsilon")):
-        save_safetensors(layouts.compvis(tiny_weights), path, {"modelspec.prediction_type": said})
+        save_safetensors(SD_2_FILE, path, {"modelspec.prediction_type": said})
         assert prediction() == expected
+    assert prediction(config=SD_2) == "v"  # the caller's config before what the file says
+    assert prediction(config=SD_2, prediction="epsilon") == "epsilon"
     with pytest.raises(ValueError, match="'epsilon' or 'v', not 'sample'"):
         prediction(prediction="sample")
 
 
-def test_an_assumed_prediction_is_said(tmp_path, tiny_weights, caplog):
-    save_safetensors(layouts.compvis(tiny_weights), tmp_path / "file")
-    config = replace(TINY, unet=replace(TINY.unet, linear_projection=True))
-    for prediction, said in (("v", 0), ("epsilon", 0), (None, 1)):
-        open_checkpoint(tmp_path / "file", config=config, prediction=prediction)
-        assert caplog.text.count("taken as epsilon") == said
+def test_an_assumed_prediction_is_said(tmp_path, caplog):
+    path = tmp_path / "file"
+    save_safetensors(SD_2_FILE, path)
+
+    def warnings(source=path, **options):
+        caplog.clear()
+        open_checkpoint(source, **options)
+        return caplog.text.count(f"{path}: nothing says what this model of Stable Diffusion 2")
+
+    assert warnings() == warnings({"unet": path, "text_encoder": path}) == 1
+    assert warnings(prediction="v") == warnings(prediction="epsilon") == 0
+    assert warnings(config=SD_2) == warnings({"text_encoder": path}) == 0
 
 
 @pytest.mark.parametrize("source", ["emoji", "sd-v1-4-keras", "someone/model", "folder", "opened"])

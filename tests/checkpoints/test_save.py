@@ -131,7 +131,6 @@ def test_one_file_is_read_again(tmp_path, models, prediction):
     metadata = SafetensorsFile(tmp_path / "saved.safetensors").metadata
     assert metadata["modelspec.prediction_type"] == prediction
     checkpoint = open_checkpoint(tmp_path / "saved.safetensors", config=TINY_2)
-    assert checkpoint.config.schedule.prediction == prediction
     for part in ("text_encoder", "encoder", "decoder"):
         for match in checkpoint.match(part, getattr(models, part).weights):
             found = match.read()
