@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.readers import (
+    KERAS_3,
     MAX_RANK,
     CheckpointError,
     read_values,
@@ -37,6 +38,8 @@ class H5File:
         self._version = regular_file(self.path)
         try:
             weights = read_structure(self.path)["weights"]
+            if weights is None:
+                raise CheckpointError(f"{self.path} {KERAS_3}")
             self._places = {
                 name: (np.dtype(dtype), tuple(shape), offset)
                 for name, dtype, shape, offset in weights
@@ -49,6 +52,8 @@ class H5File:
                     raise ValueError(f"{name} of shape {shape} is not in the file")
             if not weights or len(weights) != len(self._places):
                 raise ValueError("it has no weights" if not weights else "a weight is there twice")
+        except CheckpointError:
+            raise
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{self.path} is damaged, or no weight file of Keras 2: {error}. Download it again."

@@ -20,9 +20,14 @@ SECONDS = 4  # of computing
 MAX_ATTRIBUTE = 2**20
 
 
-def structure(path: str) -> list[tuple[str, str, list[int], int]]:
-    """Each weight's name, dtype, shape and first byte in the file, in Keras's order."""
+def structure(path: str) -> list[tuple[str, str, list[int], int]] | None:
+    """Each weight's name, dtype, shape and first byte in the file, in Keras's order.
+
+    None: it is of Keras 3's own format, whose groups are a model's attributes.
+    """
     with h5py.File(path, "r") as file:
+        if "vars" in file:
+            return None
         root = file if _has(file, "layer_names") else _child(file, "model_weights")
         weights = []
         for layer in _texts(root, "layer_names"):

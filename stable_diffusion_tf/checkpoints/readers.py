@@ -19,6 +19,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message says what, why, and what to do."""
 
 
+# Said of a file: what Keras 3 saves finds its place only in a network built as the saved one.
+KERAS_3 = (
+    "is of Keras 3's own format, which is not read here. Load it into a network built as the one "
+    "that was saved, by its `load_weights`; `StableDiffusion.save_pretrained` writes what is read."
+)
+
+
 class TensorFile(Protocol):
     """Named tensors on disk. Shapes and dtypes are known at once; values are read on request."""
 

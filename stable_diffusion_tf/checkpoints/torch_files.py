@@ -24,6 +24,7 @@ from stable_diffusion_tf.checkpoints.pickles import (
     skip,
 )
 from stable_diffusion_tf.checkpoints.readers import (
+    KERAS_3,
     MAX_RANK,
     CheckpointError,
     read_values,
@@ -129,6 +130,8 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, int]]:
     """The pickled object of a zip archive, and where each storage begins."""
     entries = _zip_entries(file, size)
     pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if "model.weights.h5" in entries:
+        raise CheckpointError(f"{file.name} {KERAS_3}")
     if len(pickles) != 1:
         raise PickleError("it is a zip archive that PyTorch did not write: unpack it")
     folder = pickles[0].removesuffix("data.pkl")

@@ -356,6 +356,17 @@ def test_what_is_not_supported_is_refused_by_name(tiny_folder, file, changes, me
     assert file in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # Keras's, in saving
+@pytest.mark.parametrize("name", ["decoder.weights.h5", "decoder.keras"])
+def test_keras_3_s_own_files_are_named_and_the_way_round_them(tmp_path, name):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    save = model.save_weights if name.endswith(".h5") else model.save
+    save(tmp_path / name)
+    message = rf"{name} is of Keras 3's own format.* `load_weights`; .*save_pretrained"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint({"decoder": tmp_path / name})
+
+
 def test_an_opened_checkpoint_is_taken_as_it_is(tiny_model):
     checkpoint = open_checkpoint(tiny_model)
     assert open_checkpoint(checkpoint) is checkpoint
