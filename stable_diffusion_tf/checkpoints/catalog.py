@@ -194,6 +194,12 @@ def open_checkpoint(
         raise ValueError(f"prediction must be 'epsilon' or 'v', not {prediction!r}")
     checkpoint = _open(source, config, prediction, ema, variant)
     if vae is not None:
+        if not Path(vae).exists() and (file := hub_file(vae)) is not None:
+            raise CheckpointError(
+                f"There is no file or folder {vae}, and an autoencoder is not taken from a hub. "
+                f"Run `sdtf weights download {file.repo}/{file.name or 'FILE'}` for its weights, "
+                "and for a config.json beside them; then give the weights' path."
+            )
         other = open_vae(Path(vae), checkpoint.config)
         checkpoint = replace(other, parts={**checkpoint.parts, **other.parts})
     if prediction is not None:

@@ -82,7 +82,8 @@ class SafetensorsFile:
 
     The header is checked in full on opening, as strictly as the reference implementation does
     (github.com/huggingface/safetensors): known dtypes, sizes that match the shapes, and tensors
-    that fill the file without a gap or an overlap.
+    that fill the file without a gap or an overlap. Its length more strictly: the reference reads
+    100 MB, and this `MAX_JSON`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -194,6 +195,11 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, _Entry], dict[str, st
     with path.open("rb") as file:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
+        if MAX_JSON < length < size and start[8:9] == b"{":
+            raise CheckpointError(
+                f"{path} has a header of {length} bytes; at most {MAX_JSON} are read. Save it "
+                "again with less metadata."
+            )
         if size < 8 or length > MAX_JSON:
             raise CheckpointError(f"{path} is not a safetensors file{looks_like(start)}.")
         if size < 8 + length:

@@ -189,6 +189,16 @@ def test_a_file_of_a_repository_is_opened_as_a_local_one(hub, monkeypatch):
     assert download("a/b/some/file.ckpt")[0].read_bytes() == b"weights"
 
 
+@pytest.mark.parametrize("name", ["", "/vae/diffusion_pytorch_model.safetensors"])
+def test_an_autoencoder_on_a_hub_is_to_be_downloaded_first(hub, tiny_repo, tiny_model, name):
+    with pytest.raises(CheckpointError, match=f"download {REPO}{name or '/FILE'}` for its weights"):
+        open_checkpoint(tiny_model, vae=REPO + name)
+    assert hub.requests == []
+    download(f"{REPO}/vae/config.json")
+    [weights] = download(f"{REPO}/{FILES['vae']}")
+    assert open_checkpoint(tiny_model, vae=weights).config == TINY
+
+
 def test_every_preset_names_a_file_for_every_part():
     for name, preset in PRESETS.items():
         if preset.config is not None:

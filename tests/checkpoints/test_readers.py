@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save_file
 
 from stable_diffusion_tf.checkpoints.readers import (
+    MAX_JSON,
     CheckpointError,
     SafetensorsFile,
     read_json,
@@ -104,6 +106,13 @@ def test_each_damage_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors.*{message}"):
         SafetensorsFile(path)
+
+
+def test_a_header_larger_than_any_model_s_is_named(tmp_path):
+    path = tmp_path / "some"
+    save_file({"a": np.ones(2)}, path, {"tags": "x" * MAX_JSON})
+    with pytest.raises(CheckpointError, match=r"a header of 4194\d+ bytes; at most 4194304"):
+        open_tensors(path)
 
 
 def test_no_prefix_of_a_file_is_a_file(path):
