@@ -13,8 +13,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or a folder to; it becomes `path` at the end.
 
     The change is one rename of what is already on the disk, so that `path` is never seen
-    half-written, not even after a power cut. A file there is replaced; a folder is not. Files get
-    the permissions of any new one. When the block raises, what it wrote is removed.
+    half-written, not even after a power cut. A file there is replaced; of a link, the link and not
+    what it leads to. Files get the permissions of any new one. When the block raises, what it wrote
+    is removed.
+
+    Raises:
+        FileExistsError: there is a folder at `path`, empty or not.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -23,6 +27,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         for written in [temporary, *temporary.rglob("*")]:
             if written.is_file():
                 settle(written)
+        if path.is_dir() and not path.is_symlink():  # POSIX would replace an empty one
+            raise FileExistsError(f"{path} is a folder, which is not replaced.")
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():

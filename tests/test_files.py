@@ -39,6 +39,29 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert path.read_text() == "new"
 
 
+def test_a_folder_is_never_replaced(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(FileExistsError, match="folder is a folder"), atomic_path(path) as new:
+        new.mkdir()
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path):
+    file, folder, link = tmp_path / "file", tmp_path / "folder", tmp_path / "link"
+    file.write_text("old")
+    folder.mkdir()
+    for target in (file, folder):
+        link.symlink_to(target)
+        with atomic_path(link) as new:
+            new.write_text("new")
+        assert not link.is_symlink()
+        link.unlink()
+    assert file.read_text() == "old"
+    assert os.listdir(folder) == []
+
+
 def test_what_raises_leaves_nothing(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:

@@ -12,8 +12,6 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from stable_diffusion_tf.files import atomic_path
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message says what, why, and what to do."""
@@ -149,10 +147,9 @@ def save_safetensors(
     path: str | os.PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, whole or not at all; a file there is replaced."""
+    """Write a safetensors file, for its owner only; `atomic_path` makes it whole and readable."""
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+    save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
 
 
 def regular_file(path: Path) -> Version:

@@ -58,6 +58,13 @@ def test_what_is_saved_is_as_open_to_others_as_any_new_file(tmp_path, models):
         assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+def test_each_file_is_put_on_the_disk_once(tmp_path, models, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    save(models, tmp_path / "saved")
+    assert len(synced) == len(files(tmp_path))
+
+
 def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, models):
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(FileExistsError, match="tiny exists"):
