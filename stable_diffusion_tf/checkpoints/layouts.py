@@ -32,8 +32,8 @@ REFUSED = (
         r"^conditioner\.|(^|\.)add_embedding\.|(input|down)_blocks\..*\.transformer_blocks\.1\.",
         "a Stable Diffusion XL model",
     ),
-    (r"(label_emb|class_embedding)\.weight$", "the x4 upscaler or another with labels"),
-    (r"(label_emb|class_embedding)\.", "Stable unCLIP, which varies a picture"),
+    (r"(label_emb|class_embedding)\.weight$", "the x4 upscaler or another model with labels"),
+    (r"(label_emb|class_embedding)\.", "a Stable unCLIP model (variations of a picture)"),
     (r"joint_blocks\.|double_blocks\.|joint_transformer", "a diffusion transformer (SD 3, Flux)"),
 )
 LAYOUTS = (
