@@ -31,7 +31,7 @@ ALLOWED = {
     "arguments": {"images"},
     "models": {"config", "compile"},
     "diffusion": {"config", "compile"},
-    "checkpoints": {"files", "screen", "config", "tokenizer", "models"},
+    "checkpoints": {"files", "screen", "config", "compile", "tokenizer", "models"},
     "networks": {"config", "images", "preview", "tiling", "diffusion"},
     "tasks": {"config", "images", "diffusion"},
 }

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import keras
-from keras import ops
 from keras.src.backend.common import global_state
 
 from stable_diffusion_tf.checkpoints.catalog import Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.fit import Match
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
+from stable_diffusion_tf.compile import from_numpy
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 
@@ -106,7 +106,7 @@ def _fill(matches: Sequence[Match]) -> None:
 
 def _first_value(match: Match, shape, dtype):
     """A Keras initializer that reads a variable's tensor."""
-    return ops.convert_to_tensor(match.read())
+    return from_numpy(match.read())
 
 
 def load(source: Source, dtype: str | None = None) -> Models:

@@ -1,4 +1,4 @@
-"""The only place that knows Keras's backends: how each compiles a function and differentiates.
+"""The only place that knows Keras's backends: how each compiles, differentiates, takes an array.
 
 Everything else is written in `keras.ops` and `keras.layers`. What TensorFlow has traced, an engine
 may run: each is a module here, named after the package that it needs.
@@ -78,6 +78,14 @@ def traced_once(function):
     return backend().traced_once(function)
 
 
+def from_numpy(array):
+    """Returns an array as a tensor: of its memory if the backend can, so change it no more.
+
+    The memory begins at a multiple of 64 bytes.
+    """
+    return backend().from_numpy(array)
+
+
 def training_step(loss, variables, optimizer, jit=False):
     """Returns `step(*batch) -> loss` that updates `variables` once; compiled.
 
@@ -98,6 +106,14 @@ class _TensorFlow:
         from tensorflow.python.util import _pywrap_util_port as built  # no public name tells
 
         return built.IsMklEnabled() and not tf.config.list_physical_devices("GPU")
+
+    @staticmethod
+    def from_numpy(array):
+        import tensorflow as tf
+
+        if array.dtype == "bfloat16":  # which NumPy cannot hand over
+            return tf.bitcast(_TensorFlow.from_numpy(array.view("uint16")), tf.bfloat16)
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
     @staticmethod
     def compiled(function, variables=(), jit=False):
@@ -138,6 +154,10 @@ class _TensorFlow:
 
 
 class _Jax:
+    @staticmethod
+    def from_numpy(array):
+        return keras.ops.convert_to_tensor(array)
+
     @staticmethod
     def uses_onednn():
         return False

@@ -13,6 +13,7 @@ from tiny import FILES, TINY
 
 from stable_diffusion_tf.checkpoints import catalog
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+from stable_diffusion_tf.checkpoints.fit import Match
 from stable_diffusion_tf.checkpoints.hub import DownloadError
 from stable_diffusion_tf.checkpoints.load import MODELS, load, load_parts
 from stable_diffusion_tf.checkpoints.readers import (
@@ -20,6 +21,7 @@ from stable_diffusion_tf.checkpoints.readers import (
     SafetensorsFile,
     save_safetensors,
 )
+from stable_diffusion_tf.compile import from_numpy
 
 
 def rewrite(folder, part, tensors):
@@ -134,6 +136,20 @@ def test_weights_are_converted_to_the_model_s_dtype(tiny_folder, tiny_weights, d
     bias = load_part(tiny_folder, "encoder", dtype=dtype).get_layer("quant_conv").bias
     assert bias.dtype == {"float16": "float16", "mixed_bfloat16": "float32"}[dtype]
     np.testing.assert_array_equal(bias, bfloat16["quant_conv.bias"].astype(bias.dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_read_tensor_is_a_variables_memory(tmp_path, dtype):
+    stored = np.random.default_rng(0).standard_normal((70, 3, 2, 5), np.float32)  # not all ROWS
+    save_safetensors({"weight": stored}, tmp_path / "weights.safetensors")
+    file = SafetensorsFile(tmp_path / "weights.safetensors")
+    variable = keras.Variable(np.zeros((2, 5, 3, 70)), dtype=dtype)
+    value = Match(variable, file, "weight", stored.shape, (2, 3, 1, 0)).read()
+    np.testing.assert_array_equal(value, stored.transpose(2, 3, 1, 0).astype(dtype))
+    tensor = from_numpy(value)
+    assert keras.backend.standardize_dtype(tensor.dtype) == dtype
+    value[0, 0, 0, 0] = 7  # as only a test may
+    assert float(tensor[0, 0, 0, 0]) == 7
 
 
 def test_one_error_lists_all_that_does_not_fit(tiny_folder, tiny_weights):
