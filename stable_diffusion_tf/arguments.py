@@ -68,8 +68,8 @@ def guidance(scale: Any, rescale: Any, default: float) -> tuple[float | None, fl
         return scale, rescale or None
     if rescale:
         raise ValueError(
-            "guidance_rescale tempers guidance, and there is none: give an "
-            f"unconditional_guidance_scale over 1, not {scale:g}, or leave it out"
+            "guidance_rescale tempers guidance, and there is none: with it, "
+            f"unconditional_guidance_scale must be over 1, not {scale:g}; or leave it out"
         )
     return None, None
 

@@ -1,5 +1,7 @@
 """The command line: arguments in, PNG files out. What is slow to import waits for its use."""
 
+import json
+import logging
 import os
 import re
 import sys
@@ -23,7 +25,6 @@ from stable_diffusion_tf.repeat import (
     changed,
     check_inputs,
     check_network,
-    given,
     setting,
     take_settings,
     taken,
@@ -90,6 +91,11 @@ def main() -> None:
     \b
     Try:  sdtf generate "a red apple, noto style"
     """
+    if sys.stderr is None:  # closed: else the next file that is opened gets what is said there
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        os.dup2(sys.stderr.fileno(), 2)
+    if getattr(sys.stdout, "errors", None) == "strict":  # a prompt may have what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @main.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
@@ -285,11 +291,11 @@ def generate(
             raise click.UsageError(
                 "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
             )
-        if given(context, "input_image_strength") and drawing["input_image"] is None:
-            raise ValueError("--strength is of the picture to draw over; give --image too")
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            # In the place of the handler that logging falls back on, which prints warnings.
+            logging.getLogger("stable_diffusion_tf").addHandler(logging.NullHandler())
         sd, facts = open_model(context, like, size, **model)
         # All pictures are checked before the first is drawn.
         sd.tokenize(prompts, "prompt", emphasis=drawing["emphasis"])
@@ -316,8 +322,9 @@ def generate(
                 made = {"prompt": prompt, "seed": its_seed, **settings}
                 text = png_text(readable(made), readable(facts))
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
-                drawn.append(picture)
-                labels.append(f"{its_seed}: {prompt}")
+                if grid:
+                    drawn.append(picture)
+                    labels.append(f"{its_seed}: {prompt}")
                 if not quiet:
                     click.echo(f"seed {its_seed}", err=True)
         if grid:
@@ -441,7 +448,19 @@ def info(picture: str, as_json: bool) -> None:
         key = KEYWORD if as_json else "parameters"
         if key not in text:
             raise ValueError(f"{picture} does not say how it was drawn: it has no text {key!r}.")
-        click.echo(printable(text[key]))
+        click.echo(same_json(text[key], picture) if as_json else printable(text[key]))
+
+
+def same_json(text: str, picture: str) -> str:
+    """A stranger's JSON for the screen, in ASCII.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.dumps(json.loads(text), allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{picture} is damaged: its text {KEYWORD!r} is no JSON.") from None
 
 
 @main.group()
@@ -570,6 +589,15 @@ def quiet_import() -> Iterator[None]:
             os.close(screen)
 
 
+def with_options(message: str) -> str:
+    """What an error says, with the command's options in the place of the API's parameters."""
+    command = click.get_current_context().command
+    # Those with an underscore, which are no English words; and not in quotes or a file's name.
+    options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
+    name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
+    return re.sub(name, lambda match: options.get(match[0], match[0]), message)
+
+
 @contextmanager
 def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Reports what is wrong with the input, and Ctrl-C, without a traceback.
@@ -589,7 +617,8 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         mendable = CheckpointError | ChangedError | OSError | FloatingPointError
         if drawing() and not isinstance(error, mendable):
             raise
-        click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
+        message = with_options(" ".join(str(error).split()))
+        click.echo(f"Error: {printable(message)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

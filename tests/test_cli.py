@@ -1,10 +1,12 @@
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -205,6 +207,20 @@ def test_a_grid_shows_all_pictures_and_overwrites_none(sdtf):
     assert sdtf("a cat", *choices).stdout.split()[-1] == "outputs/grid-1.png"
 
 
+def test_pictures_are_kept_for_a_grid_only(sdtf, monkeypatch):
+    drawn, made, kept = StableDiffusion.generate, [], []
+
+    def generate(*args, **settings):
+        kept.append(sum(picture() is not None for picture in made))
+        pictures = drawn(*args, **settings)
+        made.append(weakref.ref(pictures))
+        return pictures
+
+    monkeypatch.setattr(StableDiffusion, "generate", generate)
+    sdtf("a", "b", "c", "--steps", "1")
+    assert kept == [0, 1, 1]  # the last one
+
+
 def test_prompts_of_a_file_come_after_those_given(sdtf, tmp_path):
     (tmp_path / "more.txt").write_text("\ufeffa dog\n\n  a café  \r\n", encoding="utf-8")
     settings = ("--steps", "1", "--seed", "7")
@@ -224,32 +240,44 @@ def test_quiet_leaves_the_paths_only(sdtf):
     assert result.stderr == ""
 
 
+def test_quiet_leaves_out_what_is_logged(sdtf, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+    result = sdtf("cat " * 80, "--steps", "1", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "chunks" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "--guidance", "nan"], "unconditional_guidance_scale must be finite, not nan"),
-        (["a", "--steps", "500"], "num_steps must be a whole number from 1 to 499"),
+        (["a", "--guidance", "nan"], "--guidance must be finite, not nan"),
+        (["a", "--steps", "500"], "--steps must be a whole number from 1 to 499"),
         (["a", "--size", "33"], "must be a multiple of 2"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
         (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),
-        (["a", "--rescale", "2"], "guidance_rescale must be from 0 to 1"),
+        (["a", "--rescale", "2"], "--rescale must be from 0 to 1"),
         (["a", "--image", "no.png"], "No such file or directory: 'no.png'"),
         (["a", "--image", "file"], "file is no picture in one of PNG, JPEG"),
-        (["a", "--mask", "file"], "input_mask says where to repaint input_image"),
-        (["a", "--strength", "0.9"], "--strength is of the picture to draw over; give --image too"),
+        (["a", "--image", "num_steps.png"], "No such file or directory: 'num_steps.png'"),
+        (["a", "--mask", "file"], "--mask says where to repaint --image; give that too"),
+        (
+            ["a", "--strength", "0.9"],
+            "--strength is how far to leave --image behind; give that too",
+        ),
+        (["a", "--guidance", "1", "--rescale", "0.5"], "with it, --guidance must be over 1, not 1"),
         (
             ["a", "--image", "file", "--strength", "1.5"],
-            "input_image_strength must be over 0, up to 1, not 1.5",
+            "--strength must be over 0, up to 1, not 1.5",
         ),
-        (["a", "--feather", "-1"], "mask_feather must be 0 pixels or more"),
+        (["a", "--feather", "-1"], "--feather must be 0 pixels or more"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["a", "--engine", "onnx"], "unknown engine 'onnx'; known: openvino"),
         (["a", "(cat:101)"], "prompt[1]: 'cat' has the weight 101"),
-        (["a", "--clip-skip", "4"], "clip_skip must be a whole number from 1 to 3"),
+        (["a", "--clip-skip", "4"], "--clip-skip must be a whole number from 1 to 3"),
         (["a", "--reuse", "0"], "reuse must be a whole number, 1 or more: "),
         (["a", "--prompts-file", "file"], "--prompts-file file is not UTF-8"),
         (["a", "caf\udce9"], "prompt[1]: not valid text"),
-        (["a", "--negative", "(cat:101)"], "negative_prompt: 'cat' has the weight 101"),
+        (["a", "--negative", "(cat:101)"], "--negative: 'cat' has the weight 101"),
         (["a", "b", "--seed", str(2**64 - 1)], "seed must be a whole number from 0 to 2**64 - 2"),
         (["a", "--weights", "emojis"], "Unknown weights 'emojis': no preset, no folder"),
         (["a", "--weights", "."], "is a folder without a model"),
@@ -395,6 +423,33 @@ def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
         os.write(2, b"the cause")
         raise ImportError
     assert capfd.readouterr().err == "the cause"
+
+
+def python(code, **settings):
+    """Runs it in a process of its own, after importing the command line."""
+    code = f"import sys; from stable_diffusion_tf.cli import main, quiet_import\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, **settings)
+
+
+def test_what_a_screen_cannot_show_is_escaped(tmp_path):
+    path = tmp_path / "it.png"
+    save_png(np.zeros((2, 2, 3), np.uint8), path, {"parameters": "東 café"})
+    settings = {"env": {**os.environ, "PYTHONIOENCODING": "cp1252"}}
+    result = python(f"main(['info', {str(path)!r}])", **settings)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip() == "\\u6771 café".encode("cp1252")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX descriptors")
+def test_without_a_screen_what_is_said_there_goes_nowhere(tmp_path):
+    code = (
+        "main(['samplers'], standalone_mode=False)\n"
+        "with quiet_import(): pass\n"
+        f"with open({str(tmp_path / 'file')!r}, 'w') as file: print(file.fileno() > 2)"
+    )
+    result = python(code, preexec_fn=lambda: os.close(2))
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == b"True"
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ class TestWhatCannotBeRepeated:
             ({"tiling": True}, "this version has no settings 'tiling'; a newer one may"),
             ({"output": "/tmp"}, "no settings 'output'"),
             ({"quiet": True}, "no settings 'quiet'"),
-            ({"num_steps": "x"}, "its num_steps: 'x' is not a valid integer"),
-            ({"num_steps": 10**6}, "num_steps must be a whole number from 1 to 499"),
+            ({"num_steps": "x"}, "its --steps: 'x' is not a valid integer"),
+            ({"num_steps": 10**6}, "--steps must be a whole number from 1 to 499"),
             ({"seed": 2**64}, "its seed: 18446744073709551616 is not in the range"),
             ({"eta": 1e999}, "is damaged"),
             ({"eta": 10**400}, "eta must be finite"),
@@ -129,7 +129,7 @@ class TestWhatCannotBeRepeated:
             ({"weights": "\\\\evil\\share\\model"}, "is on another computer"),
             ({"input_image": "//evil/share/a.png"}, "give it with --image"),
             ({"vae": "nowhere"}, "nowhere"),
-            ({"input_image": "gone.png"}, "its input_image 'gone.png' is not here; give one"),
+            ({"input_image": "gone.png"}, "its --image 'gone.png' is not here; give one"),
             ({"input_image": "/dev/zero"}, "is not here"),
             ({"input_image": "outputs/a-cat.png"}, "is another one now; give one with --image"),
         ],
@@ -156,7 +156,7 @@ class TestWhatCannotBeRepeated:
         Image.new("RGB", (32, 32), "blue").save("photo.png")
         result = sdtf("--like", first, "--quiet", weights=None)
         assert result.stderr == (
-            f"Error: {first} cannot be drawn again: its input_image 'photo.png' is another one "
+            f"Error: {first} cannot be drawn again: its --image 'photo.png' is another one "
             "now; give one with --image.\n"
         )
         result = sdtf("--like", first, "--image", "moved.png", "--quiet", weights=None)
@@ -222,6 +222,10 @@ class TestInfo:
         assert result.stdout.startswith("a cat\nSteps: 2, Sampler: DDIM, Schedule type: ")
         assert json.loads(info(cat, "--json").stdout) == made(cat)
 
+    def test_json_is_json_whatever_is_in_a_prompt(self, sdtf):
+        drawn = sdtf("a\x85b\x7fc", "--steps", "1", "--quiet").stdout.strip()
+        assert json.loads(info(drawn, "--json").stdout) == made(drawn)
+
     def test_reads_other_programs_pictures_and_lets_none_steer_the_terminal(self, sdtf):
         said = "a 👩‍🚀\x1b[2J\u202e cat\r\nSteps: 20, Sampler: Euler a"
         images.save_png(np.zeros((2, 2, 3), np.uint8), "other.png", {"parameters": said})
@@ -233,6 +237,7 @@ class TestInfo:
         [
             ({}, [], "Error: it.png does not say how it was drawn: it has no text 'parameters'."),
             ({"parameters": "a"}, ["--json"], "it has no text 'stable_diffusion_tf'."),
+            ({"stable_diffusion_tf": "{"}, ["--json"], "it.png is damaged: its text "),
             (None, [], "Error: it.png is no PNG."),
         ],
     )
