@@ -12,9 +12,9 @@ def repainting(sample: Callable, original, mask, eps) -> Callable:
     """Returns the sampler `sample` as one that changes latents only where `mask` is 1.
 
     Elsewhere the latents are, at every noise level after the first, the original ones with the
-    noise of that level on them, and at the end those without any (Avrahami et al. 2022,
-    arXiv:2206.02779, section 4.1). The first level is the caller's: the original noised to it,
-    or noise alone.
+    noise of that level on them, and at the end, as in every x0, those without any (Avrahami et al.
+    2022, arXiv:2206.02779, section 4.1). The first level is the caller's: the original noised to
+    it, or noise alone.
 
     Args:
         sample: a sampler, its options bound. It must compute each latent from that latent alone, as
@@ -40,6 +40,6 @@ def repainting(sample: Callable, original, mask, eps) -> Callable:
 
         drawn = sample(denoise_blended, x, steps, noise)
         for (x, x0), after in zip(drawn, [*steps[1:-1], CLEAN], strict=True):
-            yield blend(x, after), x0
+            yield blend(x, after), blend(x0, CLEAN)
 
     return repaint
