@@ -53,11 +53,15 @@ def number(
     """A finite number for which `holds(value)`, which `range` says in words."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value):
+    try:
+        found = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be at most 1.8e308, which it is far beyond") from None
+    if not math.isfinite(found):
         raise ValueError(f"{name} must be finite, not {value!r}")
-    if not holds(value):
+    if not holds(found):
         raise ValueError(f"{name} must be {range}, not {value!r}")
-    return float(value)
+    return found
 
 
 def guidance(scale: Any, rescale: Any, default: float) -> tuple[float | None, float | None]:

@@ -1,5 +1,6 @@
 """Text and pictures in, pictures out: tokenizer, networks, schedule and sampler put together."""
 
+import itertools
 import logging
 import os
 import threading
@@ -318,7 +319,7 @@ class StableDiffusion:
                 or an array (n, H, W, C), one a picture. Stretched to the model's size, not cropped.
             input_mask: where: white, 0.5 and over, is repainted, black kept; one or several,
                 likewise. Outside it, pictures are `input_image` exactly. Each latent goes by the
-                first pixel of its square (8x8 for Stable Diffusion).
+                first pixel of its square (8x8 for Stable Diffusion), and one at least is repainted.
             input_image_strength: over 0, up to 1: how far the input is left behind. The last
                 `max(1, int(num_steps * input_image_strength))` steps run, from the input noised to
                 the first of them; at 1, inpainting starts from noise alone.
@@ -367,8 +368,9 @@ class StableDiffusion:
         strength = arguments.number(
             "input_image_strength", input_image_strength, "over 0, up to 1", lambda x: 0 < x <= 1
         )
+        side = max(self.img_height, self.img_width)
         mask_feather = arguments.number(
-            "mask_feather", mask_feather, "0 pixels or more", lambda x: x >= 0
+            "mask_feather", mask_feather, f"from 0 to {side} pixels", lambda x: 0 <= x <= side
         )
         arguments.check_choice("output", output, OUTPUTS)
         arguments.check_clip_skip(clip_skip, self.config.text_encoder.layers)
@@ -402,6 +404,7 @@ class StableDiffusion:
         size = self.img_height, self.img_width
         images = arguments.resized("input_image", images, load_image, *size)
         masks = arguments.resized("input_mask", masks, load_mask, *size)
+        tasks.check_masks(masks, self.config.autoencoder.factor)
         conditions = positive * (count // len(positive))
         if guidance is not None:
             conditions += negative * (count // len(negative))
@@ -424,12 +427,17 @@ class StableDiffusion:
             states = self._states(conditions, clip_skip)
             if images:
                 bar.set_description("Encoding the image")
-            # Before the start noise: PyTorch users have the posterior's drawn first.
-            posterior = noise.posterior() if images and sample_posterior else None
-            eps = noise.start() if eps is None else eps
-            encode = partial(self._networks.encode, noise=posterior)
+            posteriors = map(noise.posterior, itertools.count())
+
+            def encode(pictures):
+                sampled = next(posteriors) if sample_posterior else None
+                return self._networks.encode(pictures, sampled)
+
+            def draw():
+                return noise.start() if eps is None else eps
+
             task = tasks.prepare(
-                self.config, sample, encode, images, masks, mask_feather, first, eps
+                self.config, sample, encode, images, masks, mask_feather, first, draw
             )
             contexts = states[:count], *task.channels
             negatives = None if guidance is None else (states[count:], *task.channels)

@@ -50,6 +50,17 @@ def check(
         )
 
 
+def check_masks(masks: Sequence[np.ndarray], factor: int) -> None:
+    """Raises ValueError if one of the masks (H, W, 1) repaints no latent."""
+    for i, mask in enumerate(masks):
+        if not _latents(_white(mask), factor).any():
+            raise ValueError(
+                f"input_mask{f'[{i}]' if len(masks) > 1 else ''} repaints nothing: of the pixels "
+                f"that latents go by, the first of each {factor}x{factor} square at the model's "
+                "size, none is white; whiten a larger part"
+            )
+
+
 def begin(
     levels: Sequence[Step],
     scale: float,
@@ -76,14 +87,17 @@ def begin(
 def prepare(
     config: ModelConfig,
     sample: Callable,
-    encode: Callable[[Sequence[np.ndarray]], np.ndarray],
+    encode: Callable[[np.ndarray], np.ndarray],
     images: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     mask_feather: float,
     first: Step,
-    eps: np.ndarray,
+    draw: Callable[[], np.ndarray],
 ) -> Task:
     """Returns the task: from nothing; over pictures (H, W, 3); or where masks (H, W, 1) are white.
+
+    What it encodes and draws is in diffusers' order, as PyTorch's random numbers hang on that: the
+    pictures, unless nothing of them is needed; the noise; the pictures with grey under the masks.
 
     Args:
         config: the model's.
@@ -91,25 +105,36 @@ def prepare(
         encode: pictures in [0, 1] -> scaled latents (B, h, w, 4).
         images, masks: none, one, or one a picture.
         mask_feather: pixels.
-        first: the level of the images and of `eps` (B, h, w, 4) to start from.
+        first: the level of the images and of their noise to start from.
+        draw: gives that noise, unit normal (B, h, w, 4).
     """
-    originals = encode(images) if images else 0.0
+    needless = not images or (config.unet.inpaints and first.alpha == 0)
+    originals = 0.0 if needless else encode(np.stack(images))
+    eps = draw()
     start = ops.convert_to_tensor(add_noise(originals, eps, first), "float32")
     if not masks:
         return Task(start, sample)
 
     pixels = np.stack(images)
-    repainted = (np.stack(masks) >= 0.5).astype(np.float32)
+    repainted = _white(np.stack(masks)).astype(np.float32)
     weights = np.stack([feather(mask, mask_feather) for mask in repainted])
 
     def finish(pictures):
         return weights * pictures + (1 - weights) * pixels
 
-    factor = config.autoencoder.factor
-    mask = repainted[:, ::factor, ::factor]
+    mask = _latents(repainted, config.autoencoder.factor)
     if config.unet.inpaints:
         grey = encode(np.where(repainted, np.float32(0.5), pixels))
         channels = (np.repeat(part, len(eps) // len(part), axis=0) for part in (mask, grey))
         return Task(start, sample, tuple(channels), finish)
     repaint = repainting(sample, *map(ops.convert_to_tensor, (originals, mask, eps)))
     return Task(start, repaint, finish=finish)
+
+
+def _white(masks: np.ndarray) -> np.ndarray:
+    return masks >= 0.5
+
+
+def _latents(masks: np.ndarray, factor: int) -> np.ndarray:
+    """Masks (…, H, W, 1) -> (…, h, w, 1): each latent goes by the first pixel of its square."""
+    return masks[..., ::factor, ::factor, :]

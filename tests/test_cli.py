@@ -269,7 +269,7 @@ def test_quiet_leaves_out_what_is_logged(sdtf, monkeypatch):
             ["a", "--image", "file", "--strength", "1.5"],
             "--strength must be over 0, up to 1, not 1.5",
         ),
-        (["a", "--feather", "-1"], "--feather must be 0 pixels or more"),
+        (["a", "--feather", "-1"], "--feather must be from 0 to 32 pixels"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["a", "--engine", "onnx"], "unknown engine 'onnx'; known: openvino"),
         (["a", "(cat:101)"], "prompt[1]: 'cat' has the weight 101"),

@@ -22,7 +22,7 @@ from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.images import load_image, resize, unit_to_uint8
-from stable_diffusion_tf.samplers import SAMPLERS
+from stable_diffusion_tf.samplers import SAMPLERS, Noise
 
 PROMPT = "a red apple"
 
@@ -166,11 +166,10 @@ def test_images_and_masks_are_stretched_to_the_models_size(small, photo, mask):
 
     settings = {"num_steps": 2, "seed": 0, "progress": False, "input_image_strength": 1}
     for size in ((1, 1), (1, 20000)):
-        grey = np.full((*size, 3), 99, np.uint8)
-        mark = np.ones(size, bool)
-        small.generate(PROMPT, input_image=grey, input_mask=mark, **settings)
-        kept = small.generate(PROMPT, input_image=grey, input_mask=~mark, **settings)
-        np.testing.assert_array_equal(kept, np.full((1, 14, 10, 3), 99))
+        grey, white = np.full((*size, 3), 99, np.uint8), np.ones(size, bool)
+        small.generate(PROMPT, input_image=grey, input_mask=white, **settings)
+        kept = small.generate(PROMPT, input_image=grey, input_mask=mask, **settings)
+        np.testing.assert_array_equal(kept[:, ~mask], np.full((1, (~mask).sum(), 3), 99))
     found = small.generate(PROMPT, input_image=photo, input_mask=mask, **settings)
     again = small.generate(PROMPT, input_image=photo, input_mask=enlarged(mask), **settings)
     np.testing.assert_array_equal(found, again)
@@ -232,6 +231,21 @@ def test_the_posterior_is_sampled_on_request(small, photo):
     settings = {"input_image": photo, "num_steps": 2, "batch_size": 2}
     found = [latents(small, PROMPT, sample_posterior=s, seed=0, **settings) for s in (0, 1)]
     assert synth.relative_error(found[1], found[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("strength", "draws"),
+    [(0.5, ["posterior 0", "start", "posterior 1"]), (1, ["start", "posterior 0"])],
+)
+def test_an_inpainting_model_s_posteriors_are_drawn_as_diffusers_does(
+    inpainting, photo, mask, monkeypatch, strength, draws
+):
+    drawn, original = [], Noise._draw
+    names = {0: "start", 2**64 - 1: "posterior 0", 2**64 - 2: "posterior 1"}
+    monkeypatch.setattr(Noise, "_draw", lambda *at: drawn.append(names[at[1]]) or original(*at))
+    settings = {"input_image": photo, "input_mask": mask, "input_image_strength": strength}
+    latents(inpainting, PROMPT, num_steps=2, sample_posterior=True, **settings)
+    assert drawn == draws
 
 
 def test_the_embedded_model_draws_over_pictures():
@@ -809,9 +823,11 @@ WRONG = [
     ((PROMPT,), {"batch_size": 1.0}, ValueError, "batch_size must be"),
     ((PROMPT,), {"num_steps": 0}, ValueError, "num_steps must be a whole number from 1 to 499"),
     ((PROMPT,), {"num_steps": 500}, ValueError, "from 1 to 499"),
+    ((PROMPT,), {"num_steps": True}, ValueError, "num_steps must be .*, not True"),
     ((PROMPT,), {"num_steps": 2.5}, ValueError, "num_steps must be a whole number"),
     ((PROMPT,), {"unconditional_guidance_scale": NAN}, ValueError, "scale must be finite, not nan"),
     ((PROMPT,), {"unconditional_guidance_scale": "7"}, TypeError, "scale must be a number"),
+    ((PROMPT,), {"unconditional_guidance_scale": 10**400}, ValueError, "must be at most 1.8e308"),
     ((PROMPT,), {"temperature": NAN}, ValueError, "temperature must be finite"),
     ((PROMPT,), {"temperature": -1}, ValueError, "temperature must be a number, 0 or more"),
     ((PROMPT,), {"eta": NAN}, ValueError, "eta must be finite"),
@@ -859,7 +875,14 @@ WRONG = [
     ((PROMPT,), {"input_image_strength": 0.9}, ValueError, "leave input_image behind; give that"),
     ((PROMPT,), {"sample_posterior": True}, ValueError, "posterior of input_image; give that too"),
     ((PROMPT,), {"mask_feather": 2}, ValueError, "mask_feather softens .* input_mask; give that"),
-    ((PROMPT,), {**PAIR, "mask_feather": -1}, ValueError, "mask_feather must be 0 pixels or more"),
+    (
+        (PROMPT,),
+        {**PAIR, "mask_feather": -1},
+        ValueError,
+        "mask_feather must be from 0 to 14 p",
+    ),
+    ((PROMPT,), {**PAIR, "mask_feather": 1e30}, ValueError, "from 0 to 14 pixels, not 1e[+]30"),
+    ((PROMPT,), {**PAIR, "input_mask": 0 * WHITE}, ValueError, "^input_mask repaints nothing: of"),
     ((PROMPT,), {**PAIR, "mask_feather": NAN}, ValueError, "mask_feather must be finite"),
     ((PROMPT,), {"input_image_strength": 0}, ValueError, "strength must be over 0, up to 1, not"),
     ((PROMPT,), {"input_image_strength": 1.01}, ValueError, "input_image_strength must be over 0"),

@@ -165,7 +165,8 @@ def _timesteps(
     extra = int(solver == "dpm")
     # From half of them on, "leading" steps would run one by one from the middle of the schedule.
     most = distilled or ((count - 1) // 2 if spacing == "leading" else count - extra)
-    if not isinstance(num_steps, Integral) or not 1 <= num_steps <= most:
+    whole = isinstance(num_steps, Integral) and not isinstance(num_steps, bool)
+    if not (whole and 1 <= num_steps <= most):
         kind = "a sampler of distilled models" if distilled else f'"{spacing}" spacing'
         raise ValueError(
             f"num_steps must be a whole number from 1 to {most} with {kind}, not {num_steps!r}"

@@ -40,9 +40,9 @@ class Noise:
         """Returns the noise that step i adds: (B, h, w, c) float32."""
         return self._draw(i + 1)
 
-    def posterior(self) -> np.ndarray:
-        """Returns the noise that samples an autoencoder's posterior: (B, h, w, c) float32."""
-        return self._draw(2**64 - 1)
+    def posterior(self, i: int = 0) -> np.ndarray:
+        """Returns the noise that samples the i-th posterior of an autoencoder: like `start`'s."""
+        return self._draw(2**64 - 1 - i)
 
     def _draw(self, index: int) -> np.ndarray:
         return np.stack([stream(index) for stream in self._streams])
