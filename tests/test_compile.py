@@ -253,6 +253,13 @@ def test_a_trace_for_unknown_sizes_serves_no_known_ones(rooted):
     assert shapes == [(None, 3), (2, 3)]
 
 
+def test_a_backend_is_asked_for_when_what_is_traced_once_is_called(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    function = traced_once(lambda x: x)
+    with pytest.raises(ValueError, match="'torch' is not supported"):
+        function(1)
+
+
 def test_gradients_of_what_is_traced_once(rooted):
     function, _ = rooted
 

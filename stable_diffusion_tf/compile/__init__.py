@@ -73,9 +73,11 @@ def traced_once(function):
     """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
 
     Tracing takes TensorFlow half a millisecond an operation, and large networks do the same to many
-    tensors. `function` is pure, of tensors and of numbers, which are compiled in.
+    tensors. `function` is pure, of tensors and of numbers, which are compiled in. The backend is
+    asked for at the first call: models can be imported on one that is not supported.
     """
-    return backend().traced_once(function)
+    traced = cache(lambda: backend().traced_once(function))
+    return wraps(function)(lambda *args: traced()(*args))
 
 
 def from_numpy(array):

@@ -25,7 +25,7 @@ class Encoder(keras.Model):
     """
 
     def __init__(self, config: AutoencoderConfig, dtype=None, name="image_encoder"):
-        images = keras.Input((None, None, 3), name="images")
+        images = keras.Input((None, None, 3), dtype="float32", name="images")
         last = len(config.widths) - 1
         moments = 2 * config.latent_channels
         with dtype_policy(dtype):
@@ -51,7 +51,7 @@ class Decoder(keras.Model):
     """
 
     def __init__(self, config: AutoencoderConfig, dtype=None, name="image_decoder"):
-        latents = keras.Input((None, None, config.latent_channels), name="latents")
+        latents = keras.Input((None, None, config.latent_channels), dtype="float32", name="latents")
         with dtype_policy(dtype):
             x = latents / config.scale
             x = conv(x, config.latent_channels, "post_quant_conv", kernel=1)
@@ -71,7 +71,7 @@ class Decoder(keras.Model):
 
 def downsample(x, name):
     """Half the size: pads one pixel below and on the right only, unlike the UNet."""
-    x_padded = layers.ZeroPadding2D(((0, 1), (0, 1)))(x)
+    x_padded = layers.ZeroPadding2D(((0, 1), (0, 1)), data_format="channels_last")(x)
     return Convolution(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
 
 

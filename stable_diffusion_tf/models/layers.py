@@ -38,8 +38,8 @@ def conv(x, width, name, kernel=3):
 class Convolution(layers.Conv2D):
     """Conv2D of an odd kernel, "same" of stride 1 or "valid" of more, in a CPU's fastest form."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, data_format="channels_last", **kwargs):
+        super().__init__(*args, data_format=data_format, **kwargs)
         padding = "same" if self.strides == (1, 1) else "valid"
         odd = all(size % 2 for size in self.kernel_size)
         if self.padding != padding or not odd or self.dilation_rate != (1, 1) or self.groups > 1:
@@ -79,7 +79,8 @@ class Convolution(layers.Conv2D):
         bottom = max(bottom, start + size - top - x.shape[1])  # of an odd number, one more
         x = ops.pad(x, ((0, 0), (top, bottom), columns, (0, 0)))[0]
         x = ops.stack([x[:size], x[start : start + size]])
-        x = ops.add(ops.conv(x, self.kernel, self.strides, "valid"), self.bias)
+        x = ops.conv(x, self.kernel, self.strides, "valid", self.data_format)
+        x = ops.add(x, self.bias)
         return ops.reshape(x, (1, 2 * half, width, self.filters))[:, :height]
 
     def margins(self):

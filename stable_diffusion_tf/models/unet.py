@@ -32,9 +32,9 @@ class UNet(keras.Model):
     """
 
     def __init__(self, config: UNetConfig, dtype=None, name="diffusion_model"):
-        latents = keras.Input((None, None, config.in_channels), name="latents")
+        latents = keras.Input((None, None, config.in_channels), dtype="float32", name="latents")
         timesteps = keras.Input((), dtype="float32", name="timesteps")
-        context = keras.Input((None, config.context_width), name="context")
+        context = keras.Input((None, config.context_width), dtype="float32", name="context")
         levels = range(len(config.widths))
         last = levels[-1]
 
@@ -113,7 +113,7 @@ class Sinusoids(layers.Layer):
 
 def downsample(x, name):
     """Half the size, rounded up: pads one pixel on every side."""
-    x_padded = layers.ZeroPadding2D(1)(x)
+    x_padded = layers.ZeroPadding2D(1, data_format="channels_last")(x)
     return Convolution(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
 
 
