@@ -8,7 +8,6 @@ Known differences, for which there is no test:
   it has the slopes, and their list, which has PNDM's second timestep twice, is cut one too early.
 - `lms`, `heun` and `pndm` of theirs know no zero terminal SNR; DPM-Solver's Karras levels there
   end in an error from 25 steps on.
-- `heun`'s correction in up to 4 steps, which magnifies by how much eps differ, has no bound there.
 - DPM-Solver's Karras timesteps within 0.001 of a half, which they round in single precision (once
   in 18, 35 and 43 steps).
 """
@@ -147,7 +146,6 @@ def defined(name, config, num_steps, schedule, eta):
             name == "ddpm" and (spacing == "trailing" or config.offset),
             schedule and (not solver or name == "euler_ancestral"),
             schedule and zero and solver == "dpm" and num_steps >= 25,
-            name == "heun" and num_steps in (2, 3, 4),
         )
     )
 

@@ -144,10 +144,9 @@ def test_few_steps_from_no_signal_draw_no_more_than_the_data_vary(name):
     config, row = ScheduleConfig(prediction="v", zero_terminal_snr=True), get_sampler(name)
     options = row.options(prediction="v")
     for spacing, num_steps in product(("trailing", "linspace"), (2, 3, 4, 6, 8, 10, 15)):
-        for schedule in (None, "karras")[: 1 + row.takes_karras]:
-            levels = steps(replace(config, spacing=spacing), num_steps, **row.grid_on(schedule))
-            *_, (x, _) = row.sample(gaussian(0, 1), NUMBERS.start(), levels, NUMBERS, **options)
-            assert x.std() < 1.3, (spacing, num_steps, schedule)
+        levels = steps(replace(config, spacing=spacing), num_steps, **row.grid_on(None))
+        *_, (x, _) = row.sample(gaussian(0, 1), NUMBERS.start(), levels, NUMBERS, **options)
+        assert x.std() < 1.3, (spacing, num_steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
