@@ -26,6 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT = 2**22  # bytes of a PNG's text to read; some programs keep whole workflows there
 MAX_CHUNKS = 2**16  # of a PNG to look at
+GAP = 4  # pixels around each picture of a contact sheet
 LABELLED = 128  # pixels in width, at the least, of a picture with a label
 MAX_PIXELS = 2**25  # of a picture to load; a few kilobytes of PNG can unfold to gigabytes
 
@@ -193,7 +194,7 @@ def signed_to_unit(image: np.ndarray) -> np.ndarray:
     return np.clip(image / 2 + 0.5, 0, 1)
 
 
-def free_path(folder: str | os.PathLike, stem: str, suffix: str = ".png") -> Path:
+def free_path(folder: str | os.PathLike, stem: str) -> Path:
     """Reserve the first free name of `stem.png`, `stem-1.png`, `stem-2.png`, … in `folder`.
 
     The name is taken by creating an empty file, so that two programs never get the same one;
@@ -203,7 +204,7 @@ def free_path(folder: str | os.PathLike, stem: str, suffix: str = ".png") -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     while True:
-        path = folder / (f"{stem}-{number}{suffix}" if number else f"{stem}{suffix}")
+        path = folder / (f"{stem}-{number}.png" if number else f"{stem}.png")
         if _reserve(path):
             return path
         number += 1
@@ -326,7 +327,6 @@ def contact_sheet(
     images: np.ndarray,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
-    gap: int = 4,
 ) -> np.ndarray:
     """Pictures side by side on white, row by row.
 
@@ -335,7 +335,6 @@ def contact_sheet(
         columns: pictures a row; without it, about as many as rows.
         labels: N texts, one under each picture, shortened to its width. Pictures under `LABELLED`
             pixels wide are enlarged for them, a whole number of times.
-        gap: pixels around each picture.
 
     Returns:
         uint8 (H', W', 3).
@@ -354,14 +353,14 @@ def contact_sheet(
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     font = ImageFont.load_default()
-    text_height = math.ceil(font.getbbox("Ag")[3]) + gap if labels else 0
-    cell_height, cell_width = height + text_height + gap, width + gap
+    text_height = math.ceil(font.getbbox("Ag")[3]) + GAP if labels else 0
+    cell_height, cell_width = height + text_height + GAP, width + GAP
 
-    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    sheet = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(images):
         row, column = divmod(i, columns)
-        x, y = gap + column * cell_width, gap + row * cell_height
+        x, y = GAP + column * cell_width, GAP + row * cell_height
         sheet.paste(Image.fromarray(picture), (x, y))
         if labels:
             draw.text((x, y + height), _shorten(labels[i], font, width), fill="black", font=font)

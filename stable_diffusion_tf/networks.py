@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import keras
@@ -60,7 +60,6 @@ class Networks:
         self._compile = compile
         self._building = threading.RLock()
         self._loaded: dict[str, keras.Model] = {}
-        self._readers: dict[int, Callable] = {}  # the text encoder, compiled, by clip_skip
 
     def need(self, *parts: str) -> dict[str, keras.Model]:
         """Returns networks by part.
@@ -77,7 +76,9 @@ class Networks:
 
     def read(self, ids: Sequence[int], clip_skip: int) -> np.ndarray:
         """A chunk's token ids (77,) -> the text encoder's states (77, width)."""
-        states = _alone(self._reader(clip_skip), np.array(ids, np.int32))
+        with self._building:
+            reader = self._reader(clip_skip)
+        states = _alone(reader, np.array(ids, np.int32))
         return _finite("encoding the text", states, self["text_encoder"])
 
     def encode(self, pictures: Iterable[np.ndarray], noise: np.ndarray | None = None) -> np.ndarray:
@@ -164,11 +165,10 @@ class Networks:
 
         return self._compile(denoise, unet.variables)
 
-    def _reader(self, clip_skip: int) -> Callable:
-        with self._building:
-            if clip_skip not in self._readers:
-                self._readers[clip_skip] = self._compiled(self["text_encoder"].skipping(clip_skip))
-            return self._readers[clip_skip]
+    @_once
+    def _reader(self) -> Callable:
+        """`_reader(clip_skip)`: the text encoder, each compiled once."""
+        return cache(lambda clip_skip: self._compiled(self["text_encoder"].skipping(clip_skip)))
 
     @_once
     def _encoder(self) -> Callable:

@@ -375,13 +375,13 @@ def test_free_paths_are_never_given_twice(picture, tmp_path):
 
 
 def test_contact_sheet_places_pictures_row_by_row(picture):
-    sheet = images.contact_sheet(np.stack([picture, 255 - picture, picture]), columns=2, gap=1)
+    sheet = images.contact_sheet(np.stack([picture, 255 - picture, picture]), columns=2)
 
-    assert sheet.shape == (13, 17, 3)
-    np.testing.assert_array_equal(sheet[1:6, 1:8], picture)
-    np.testing.assert_array_equal(sheet[1:6, 9:16], 255 - picture)
-    np.testing.assert_array_equal(sheet[7:12, 1:8], picture)
-    assert (sheet[7:12, 9:16] == 255).all()
+    assert sheet.shape == (22, 26, 3)
+    np.testing.assert_array_equal(sheet[4:9, 4:11], picture)
+    np.testing.assert_array_equal(sheet[4:9, 15:22], 255 - picture)
+    np.testing.assert_array_equal(sheet[13:18, 4:11], picture)
+    assert (sheet[13:18, 15:22] == 255).all()
 
 
 def test_contact_sheet_labels_fit_under_their_pictures():
@@ -398,7 +398,7 @@ def test_contact_sheet_labels_fit_under_their_pictures():
 @pytest.mark.parametrize(("width", "enlarged"), [(32, 128), (100, 200), (128, 128), (129, 129)])
 def test_small_pictures_are_enlarged_whole_times_for_their_labels(width, enlarged):
     picture = np.random.default_rng(0).integers(0, 256, (1, 8, width, 3), dtype=np.uint8)
-    sheet = images.contact_sheet(picture, labels=["a"], gap=0)
+    sheet = images.contact_sheet(picture, labels=["a"])
     zoom = enlarged // width
-    assert sheet.shape[1] == enlarged
-    np.testing.assert_array_equal(sheet[: 8 * zoom : zoom, ::zoom], picture[0])
+    assert sheet.shape[1] == 4 + enlarged + 4
+    np.testing.assert_array_equal(sheet[4 : 4 + 8 * zoom : zoom, 4:-4:zoom], picture[0])
