@@ -10,14 +10,21 @@ def values(variables):
     return [ops.convert_to_numpy(ops.copy(variable)) for variable in variables]
 
 
+def take_average(optimizer, variables):
+    """Sets `variables` to the average that `optimizer` keeps; leaves them where there is none.
+
+    There is none without `use_ema=True`, nor before the optimizer's first update, which loss
+    scaling leaves out while gradients overflow.
+    """
+    if int(optimizer.iterations):
+        optimizer.finalize_variable_values(variables)
+
+
 @contextmanager
 def averaged(optimizer, variables):
-    """Inside, `variables` hold the average that `optimizer` keeps; afterwards their own values.
-
-    Without `use_ema=True` in the optimizer there is no average, and nothing changes.
-    """
+    """Inside, `variables` hold the average as of `take_average`; afterwards their own values."""
     own = values(variables)
-    optimizer.finalize_variable_values(variables)
+    take_average(optimizer, variables)
     try:
         yield
     finally:

@@ -19,8 +19,10 @@ from tqdm import trange
 
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.files import atomic_path, settle
-from stable_diffusion_tf.training.ema import averaged, values
+from stable_diffusion_tf.training.ema import averaged, take_average, values
 from stable_diffusion_tf.training.optimizer import decaying
+
+REMEDY = "Lower the learning rate, or train in float32"  # of numbers that are not finite
 
 
 def train(
@@ -57,12 +59,20 @@ def train(
         preview: `preview(step)` is called after each save with the averaged weights in place.
 
     Raises:
-        ValueError: the save in `folder` is damaged, further than `steps`, or of another model,
-            optimizer or recipe; or the optimizer's `WarmupStableDecay` is for another number of
-            steps and its decay had begun.
+        ValueError: `steps` is under 1; a trainable weight is not float32; the save in `folder` is
+            damaged, further than `steps`, or of another model, optimizer or recipe; or the
+            optimizer's `WarmupStableDecay` is for another number of steps, and its decay had begun.
         FloatingPointError: the loss or a weight is not finite; nothing is saved then.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; ask for 1 or more")
     variables = [v for model in models for v in model.trainable_variables]
+    for variable in variables:
+        if variable.dtype != "float32":
+            raise ValueError(
+                f"{variable.path} is {variable.dtype}, in which small updates are lost; load what "
+                'is trained with dtype="mixed_bfloat16", whose weights are float32'
+            )
     update = training_step(loss, variables, optimizer, jit)
     saves = Saves(folder, variables, optimizer, recipe)
     start = saves.restore()
@@ -88,7 +98,7 @@ def train(
             if preview is not None:
                 with averaged(optimizer, variables):
                     preview(done)
-    optimizer.finalize_variable_values(variables)
+    take_average(optimizer, variables)
 
 
 class Saves:
@@ -110,7 +120,7 @@ class Saves:
         arrays = dict(zip(self.variables, values(self.variables.values()), strict=True))
         for name, array in arrays.items():
             if not np.isfinite(array).all():
-                raise FloatingPointError(f"{name} is not finite at step {step}. {self._advice()}")
+                raise FloatingPointError(f"{name} is not finite at step {step}. {REMEDY}")
         # Always the same name: what a kill leaves of it, the next save writes over.
         part = self.state.with_suffix(".part")
         metadata = {"step": str(step), "recipe": json.dumps(self.recipe)}
@@ -130,7 +140,10 @@ class Saves:
         try:
             file = safe_open(saved, framework="numpy")
         except SafetensorError as error:
-            raise ValueError(f"{saved} is damaged: {error}. {self._advice()}") from None
+            raise ValueError(
+                f"{saved} is damaged: {error}. Delete it to go on from {self.previous}, the save "
+                "before it, or, without that, to begin again"
+            ) from None
         with file:
             self._check(saved, file)
             for name, variable in self.variables.items():
@@ -162,9 +175,6 @@ class Saves:
                 "all, or in a new folder"
             )
 
-    def _advice(self) -> str:
-        return f"Delete {self.state} to go on from {self.previous}, the save before it"
-
 
 class LossLog:
     """`step,loss` lines; those after the step that a run goes on from are dropped."""
@@ -187,8 +197,6 @@ class LossLog:
             FloatingPointError: the loss is not finite.
         """
         if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {step}. Lower the learning rate, or train in float32"
-            )
+            raise FloatingPointError(f"the loss is {loss} at step {step}. {REMEDY}")
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerow((step, f"{loss:.6f}"))

@@ -78,6 +78,15 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
     assert np.isfinite(losses(tmp_path)[0][1])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_too_coarse_to_learn_are_refused_by_name(tmp_path, dtype):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, dtype=dtype, name="coarse")])
+    refusal = rf"coarse/kernel is {dtype}, .*dtype=\"mixed_bfloat16\""
+    with pytest.raises(ValueError, match=refusal):
+        train(None, None, [model], adamw(0.1, 1), steps=1, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("growth", "gradients", "expected"),
     [
@@ -143,8 +152,13 @@ def test_a_damaged_save_is_named_with_the_one_before_it(tmp_path):
     line_fit(tmp_path, 4, save_every=2)
     state = tmp_path / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*previous.safetensors"):
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*Delete it .*previous\."):
         line_fit(tmp_path, 4)
+
+
+def test_no_steps_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="steps is 0; ask for 1 or more"):
+        line_fit(tmp_path, 0)
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
@@ -182,7 +196,8 @@ def test_the_rate_depends_on_the_number_of_steps_once_it_falls():
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     line_fit(tmp_path, 1)
     optimizer = keras.optimizers.SGD(float("inf"))  # a finite loss, then an infinite step
-    with pytest.raises(FloatingPointError, match=r"line/kernel is not finite at step 1"):
+    refusal = r"line/kernel is not finite at step 1\. Lower the learning rate"
+    with pytest.raises(FloatingPointError, match=refusal):
         line_fit(tmp_path / "other", 1, optimizer=optimizer)
     assert not (tmp_path / "other" / "state.safetensors").exists()
 
@@ -236,13 +251,25 @@ def test_repeated_tokens_are_clipped_by_the_sum_of_their_gradients(tmp_path):
 
 
 def test_averaged_gives_the_weights_back_when_the_preview_fails():
-    optimizer = keras.optimizers.SGD(1.0, use_ema=True)
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
     variable = keras.Variable([3.0])
-    optimizer.build([variable])
+    for _ in range(2):  # to 2, the first average, then to 1
+        optimizer.apply([keras.ops.ones(1)], [variable])
     with pytest.raises(RuntimeError), averaged(optimizer, [variable]):
-        assert values([variable])[0] == [0.0]
+        assert values([variable])[0] == [1.5]
         raise RuntimeError
-    assert values([variable])[0] == [3.0]
+    assert values([variable])[0] == [1.0]
+
+
+def test_there_is_no_average_while_all_gradients_overflow(tmp_path):
+    def overflow(error):
+        return error * 1e36  # finite, but not times the loss's scale
+
+    optimizer = adamw(0.1, 2, loss_scaling=True)
+    kernel, _ = weights([line_fit(tmp_path, 2, loss=overflow, optimizer=optimizer)])
+    assert int(optimizer.iterations) == 0
+    keras.utils.set_random_seed(0)
+    assert kernel == weights([line()])[0] != 0  # as it began
 
 
 def test_a_torn_line_of_the_log_is_dropped(tmp_path):
