@@ -61,7 +61,8 @@ class StyleClassifier:
         # Some artworks would do in two styles: smooth labels ask for no certainty about them.
         loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)
         for network, seen in zip(self.networks, (shown, palettes(shown)), strict=True):
-            network.compile(adamw(4e-3, steps, ema_momentum=0.98), loss, metrics=["accuracy"])
+            optimizer = adamw(4e-3, steps, ema_momentum=0.98, warmup=200)
+            network.compile(optimizer, loss, metrics=["accuracy"])
             network.fit(seen, wanted, batch_size, epochs, verbose=2)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -67,6 +67,7 @@ EMOJI = ModelConfig(
     image_size=64,
     guidance=3.0,
 )
+WARMUP = 200  # of any number of steps: each run can be made longer
 
 
 @click.command(help=__doc__)
@@ -225,7 +226,7 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
         autoencoder_loss(encoder, decoder),
         batch,
         [encoder, decoder],
-        adamw(2e-3, steps, ema_momentum=0.995),
+        adamw(2e-3, steps, ema_momentum=0.995, warmup=WARMUP),
         steps=steps,
         folder=folder,
         recipe={"batch_size": batch_size},
@@ -287,7 +288,7 @@ def train_diffusion(
         emoji_batches(models, latents, captions, batch_size, seed, shift),
         [models.text_encoder, models.unet],
         # Longer averages lag behind a run of few passes; the falling rate averages enough.
-        muon(1e-3, steps, ema_momentum=0.99, loss_scaling=dtype == "mixed_float16"),
+        muon(1e-3, steps, ema_momentum=0.99, loss_scaling=dtype == "mixed_float16", warmup=WARMUP),
         steps=steps,
         folder=folder,
         recipe={
@@ -340,7 +341,7 @@ def train_decoder(
         ),
         batch,
         [models.decoder, discriminator],
-        adamw(5e-4, steps, ema_momentum=0.99),
+        adamw(5e-4, steps, ema_momentum=0.99, warmup=WARMUP),
         steps=steps,
         folder=folder,
         recipe={

@@ -61,7 +61,8 @@ def train(
     Raises:
         ValueError: `steps` is under 1; a trainable weight is not float32; the save in `folder` is
             damaged, further than `steps`, or of another model, optimizer or recipe; or the
-            optimizer's `WarmupStableDecay` is for another number of steps, and its decay had begun.
+            optimizer's `WarmupStableDecay` is for another number of steps, and what is done would
+            have had other rates.
         FloatingPointError: the loss or a weight is not finite; nothing is saved then.
     """
     if steps < 1:
@@ -171,8 +172,8 @@ class Saves:
         if not self.schedule.same_before(step, steps):
             raise ValueError(
                 f"{saved} is at step {step} of {steps}, and a run of {self.schedule.steps} has "
-                f"other learning rates before that: their decay had begun. Train {steps} steps in "
-                "all, or in a new folder"
+                "other learning rates before that: the warm-up is another, or the decay had begun. "
+                f"Train {steps} steps in all, or in a new folder"
             )
 
 

@@ -12,15 +12,17 @@ class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up, a plateau at `rate`, and a linear decay to 0 over the last share of steps.
 
     Until the decay begins a run does not depend on `steps`, so it can still be made longer
-    (Hu et al. 2024, arXiv:2404.06395, section 4).
+    (Hu et al. 2024, arXiv:2404.06395, section 4). The one exception: without `warmup` that is 200
+    steps, or a tenth of a run of fewer than 2,000.
     """
 
-    def __init__(self, rate, steps, warmup=200, decay=0.25):
+    def __init__(self, rate, steps, warmup=None, decay=0.25):
         self.rate, self.steps, self.warmup, self.decay = rate, steps, warmup, decay
 
     def __call__(self, step):
         step = ops.cast(step, "float32")
-        rising = (step + 1) / self.warmup
+        warmup = min(200, self.steps // 10) if self.warmup is None else self.warmup
+        rising = (step + 1) / max(1, warmup)
         falling = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.rate * ops.clip(ops.minimum(rising, falling), 0.0, 1.0)
 
@@ -63,31 +65,34 @@ def decaying(optimizer) -> WarmupStableDecay | None:
     return rate if isinstance(rate, WarmupStableDecay) else None
 
 
-def adamw(rate, steps, ema_momentum=0.999, loss_scaling=False):
+def adamw(rate, steps, ema_momentum=0.999, loss_scaling=False, warmup=None):
     """AdamW (arXiv:1711.05101) that clips gradients and keeps a moving average of the weights.
 
     Args:
         rate: peak learning rate, reached after a warm-up and left for the last quarter of `steps`.
-        ema_momentum: of the average; about the last 1 / (1 - momentum) steps count.
+        ema_momentum: of the average; about the last 1 / (1 - momentum) steps count. None: no
+            average is kept.
         loss_scaling: for float16, whose small gradients vanish otherwise.
+        warmup: steps; by default 200, at most a tenth of `steps`. Give it where a run of fewer than
+            2,000 may be made longer: its warm-up would become another.
     """
-    common = _common(rate, steps, ema_momentum)
+    common = _common(rate, steps, ema_momentum, warmup)
     return _scaled(keras.optimizers.AdamW(beta_2=0.99, **common), loss_scaling)
 
 
-def muon(rate, steps, ema_momentum=0.999, loss_scaling=False):
+def muon(rate, steps, ema_momentum=0.999, loss_scaling=False, warmup=None):
     """`Muon` with the settings of `adamw`: the same rates fit, fewer steps are needed."""
-    common = _common(rate, steps, ema_momentum)
+    common = _common(rate, steps, ema_momentum, warmup)
     decay = common["weight_decay"]
     return _scaled(Muon(adam_beta_2=0.99, adam_weight_decay=decay, **common), loss_scaling)
 
 
-def _common(rate, steps, ema_momentum):
+def _common(rate, steps, ema_momentum, warmup):
     return {
-        "learning_rate": WarmupStableDecay(rate, steps),
+        "learning_rate": WarmupStableDecay(rate, steps, warmup),
         "weight_decay": 1e-4,
         "global_clipnorm": 1.0,
-        "use_ema": True,
+        "use_ema": ema_momentum is not None,
         "ema_momentum": ema_momentum,
     }
 

@@ -19,7 +19,7 @@ from small import run, weights
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.training.ema import averaged, values
 from stable_diffusion_tf.training.loop import LossLog, Saves, train
-from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw, muon
+from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw, decaying, muon
 
 
 def line(name="line"):
@@ -184,6 +184,23 @@ def test_the_number_of_steps_can_change_until_the_decay_begins(tmp_path, scaled)
     state = tmp_path / "state.safetensors"
     save_file(load_file(state), state, {"step": "14", "recipe": "{}"})  # as earlier saves are
     fit(24, stop=15)
+
+
+def test_a_short_run_reaches_its_rate_and_a_long_one_warms_up_200_steps():
+    for steps, warmup in ((5, 1), (20, 2), (1000, 100), (2000, 200), (5000, 200)):
+        default, given = WarmupStableDecay(1.0, steps), WarmupStableDecay(1.0, steps, warmup)
+        assert np.array_equal(default(np.arange(steps)), given(np.arange(steps)))
+        assert float(default(warmup - 1)) == 1.0
+    assert WarmupStableDecay(1.0, 2000).same_before(1500, 3000)
+    assert not WarmupStableDecay(1.0, 1000).same_before(1, 2000)  # of which a tenth is more
+    assert WarmupStableDecay(1.0, 1000, warmup=50).same_before(750, 2000)
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_warm_up_and_average_can_be_chosen(make):
+    optimizer = make(0.1, 100, ema_momentum=None, warmup=50)
+    assert decaying(optimizer).warmup == 50
+    assert not optimizer.use_ema
 
 
 def test_the_rate_depends_on_the_number_of_steps_once_it_falls():
