@@ -67,6 +67,7 @@ EMOJI = ModelConfig(
     image_size=64,
     guidance=3.0,
 )
+AUTOENCODER_BATCH, DIFFUSION_BATCH, DECODER_BATCH = 32, 64, 16
 WARMUP = 200  # of any number of steps: each run can be made longer
 
 
@@ -80,15 +81,16 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     "--decoder-steps",
     default=800,
     show_default=True,
-    type=click.IntRange(1),
-    help="Of the decoder on denoised latents.",
+    type=click.IntRange(0),
+    help="Of the decoder on denoised latents; 0 leaves it as it is.",
 )
 @click.option(
     "--adversary-weight",
     default=0.05,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Of deceiving the adversary, beside the distance to the artwork, in the decoder's steps.",
+    type=click.FloatRange(0),
+    help="Of deceiving the adversary, beside the distance to the artwork, in the decoder's steps; "
+    "0: there is none.",
 )
 @click.option(
     "--dtype",
@@ -149,6 +151,16 @@ def main(
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
     captions = [row for row in rows if row.split == "train"]
+    shown = images[known]
+    if flip:
+        shown = np.concatenate([shown, emoji_data.mirrored(captions, shown)])
+        captions = 2 * captions
+    # Enough for the others too: the autoencoder's, half as large, sees no mirrored ones.
+    if len(shown) < DIFFUSION_BATCH or known.all():
+        raise click.ClickException(
+            f"{len(shown)} artworks to learn and {(~known).sum()} held out are too few: a batch "
+            f"takes {DIFFUSION_BATCH}, a preview 1. Add more"
+        )
 
     if start is None:
         models = new_models(
@@ -158,10 +170,6 @@ def main(
         source = open_checkpoint(start)
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
-    shown = images[known]
-    if flip:
-        shown = np.concatenate([shown, emoji_data.mirrored(captions, shown)])
-        captions = 2 * captions
     latents = posterior(models.encoder, shown, models.config.autoencoder.scale)
     train_diffusion(
         models,
@@ -176,18 +184,19 @@ def main(
         folder=runs / "diffusion",
         jit=jit,
     )
-    train_decoder(
-        models,
-        latents,
-        shown,
-        captions,
-        images[~known],
-        adversary_weight=adversary_weight,
-        steps=decoder_steps,
-        seed=seed,
-        folder=runs / "decoder",
-        jit=jit,
-    )
+    if decoder_steps:
+        train_decoder(
+            models,
+            latents,
+            shown,
+            captions,
+            images[~known],
+            adversary_weight=adversary_weight,
+            steps=decoder_steps,
+            seed=seed,
+            folder=runs / "decoder",
+            jit=jit,
+        )
     save(models, target, dtype="float16")
 
 
@@ -211,7 +220,7 @@ def new_models(known, unknown, autoencoder_steps, dtype, seed, runs, jit):
     )
 
 
-def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
+def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=AUTOENCODER_BATCH):
     """Trains on `known` pictures, reports on `unknown` ones: -> encoder, decoder."""
     keras.utils.set_random_seed(seed)  # the initial weights; the rest is seeded step by step
     encoder, decoder = Encoder(EMOJI.autoencoder), Decoder(EMOJI.autoencoder)
@@ -229,7 +238,11 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
         adamw(2e-3, steps, ema_momentum=0.995, warmup=WARMUP),
         steps=steps,
         folder=folder,
-        recipe={"batch_size": batch_size},
+        recipe={
+            "batch_size": batch_size,
+            "seed": seed,
+            "pictures": zlib.crc32(np.ascontiguousarray(known)),
+        },
         save_every=200,
         preview=rebuilding(encoder, decoder, unknown, folder),
         jit=jit,
@@ -239,7 +252,7 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=32):
 
 def rebuilding(encoder, decoder, unknown, folder):
     """Returns a preview of 24 `unknown` pictures beside what the autoencoder makes of them."""
-    shown = unknown[:: len(unknown) // 24][:24]
+    shown = spread(unknown, 24)
 
     def preview(step):
         mean, _ = posterior(encoder, shown, decoder.config.scale)
@@ -271,13 +284,13 @@ def train_diffusion(
     seed,
     folder,
     jit,
-    batch_size=64,
+    batch_size=DIFFUSION_BATCH,
 ):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     prediction = models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
     texts = list(dict.fromkeys(map(emoji_data.caption, captions)))  # mirrored ones are no others
-    prompts = texts[:: len(texts) // 32][:32]
+    prompts = spread(texts, 32)
 
     def preview(step):
         pictures = sd.generate(prompts, num_steps=15, seed=0, emphasis=False, progress=False)
@@ -318,15 +331,20 @@ def train_decoder(
     seed,
     folder,
     jit,
-    batch_size=16,
+    batch_size=DECODER_BATCH,
 ):
     """Trains the decoder alone, on x0 that the trained network sees in a little noise.
 
-    Its pictures shall come near `images` and deceive an adversary; it reports on `unknown` ones.
+    Its pictures shall come near `images` and, unless `adversary_weight` is 0, deceive an adversary;
+    it reports on `unknown` ones.
     """
     noisy = emoji_batches(models, latents, captions, batch_size, seed, shift=0.05)
-    keras.utils.set_random_seed(seed)  # of the discriminator's initial weights
-    discriminator = Discriminator()
+    trained, opponent = [models.decoder], None
+    if adversary_weight:
+        keras.utils.set_random_seed(seed)  # of the discriminator's initial weights
+        discriminator = Discriminator()
+        trained.append(discriminator)
+        opponent = adversary(discriminator, adversary_weight)
 
     def batch(step):  # and the artworks, in the order that `noisy_batches` takes them
         return *noisy(step), signed(images[shuffled(len(images), batch_size, seed, step)])
@@ -337,10 +355,10 @@ def train_decoder(
             models.unet,
             models.decoder,
             models.config.schedule.prediction,
-            adversary=adversary(discriminator, adversary_weight),
+            adversary=opponent,
         ),
         batch,
-        [models.decoder, discriminator],
+        trained,
         adamw(5e-4, steps, ema_momentum=0.99, warmup=WARMUP),
         steps=steps,
         folder=folder,
@@ -368,6 +386,11 @@ def emoji_batches(models, latents, captions, batch_size, seed, shift):
         seed=seed,
         shift=shift,
     )
+
+
+def spread(items, count):
+    """`count` of the items from all over them, or all where there are fewer."""
+    return items[:: max(1, len(items) // count)][:count]
 
 
 def signed(images):

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,14 +24,81 @@ TINY = replace(
 
 @pytest.fixture
 def artworks(monkeypatch):
+    give(monkeypatch, train=64, unseen_concept=24)
+
+
+def give(monkeypatch, **counts):
+    """Makes `counts` of each split all the artworks there are."""
     rows = [
         Row("noto", "noto", "package", "icon", f"{i:x}", f"thing {i}", (), "", split)
-        for split, count in (("train", 64), ("unseen_concept", 24))
+        for split, count in counts.items()
         for i in range(count)
     ]
     images = np.random.default_rng(0).integers(0, 256, (len(rows), 16, 16, 3), dtype=np.uint8)
     monkeypatch.setattr(train_emoji, "EMOJI", TINY)
     monkeypatch.setattr(train_emoji.emoji_data, "load", lambda size, cache: (rows, images))
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """What the script has asked to train, its first batch drawn and nothing learnt."""
+    asked = []
+
+    def train(loss, batch, models, optimizer, **options):
+        asked.append(SimpleNamespace(batch=batch(0), models=models, **options))
+
+    monkeypatch.setattr(train_emoji, "train", train)
+    return asked
+
+
+def test_the_script_from_artworks_to_a_folder(artworks, stages, tmp_path):
+    arguments = [tmp_path / "target", "--steps=7", f"--runs={tmp_path}"]
+    CliRunner().invoke(train_emoji.main, list(map(str, arguments)), catch_exceptions=False)
+
+    steps = {stage.folder.name: stage.steps for stage in stages}
+    assert steps == {"autoencoder": 1400, "diffusion": 7, "decoder": 800}
+    assert [len(stage.batch[0]) for stage in stages] == [32, 64, 16]
+    assert [len(stage.models) for stage in stages] == [2, 2, 2]
+    assert StableDiffusion.from_pretrained(tmp_path / "target").config.unet == TINY.unet
+
+
+def test_the_decoder_is_trained_alone_or_not_at_all(artworks, stages, tmp_path):
+    def run(target, *options):
+        arguments = [str(tmp_path / target), f"--runs={tmp_path}", *options]
+        CliRunner().invoke(train_emoji.main, arguments, catch_exceptions=False)
+        return [len(stage.models) for stage in stages]
+
+    assert run("first", "--decoder-steps=0") == [2, 2]
+    stages.clear()
+    assert run("second", f"--start={tmp_path / 'first'}", "--adversary-weight=0") == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "counts", [{"train": 63, "unseen_concept": 24}, {"train": 64}], ids=["batch", "preview"]
+)
+def test_too_few_artworks_are_an_error_before_anything_is_trained(
+    counts, stages, tmp_path, monkeypatch
+):
+    give(monkeypatch, **counts)
+    refused = CliRunner().invoke(train_emoji.main, [str(tmp_path / "target"), f"--runs={tmp_path}"])
+    assert refused.exit_code == 1 and "are too few: a batch takes 64, a preview 1" in refused.output
+    assert not stages
+
+
+def test_an_autoencoders_save_is_of_its_seed_and_pictures(artworks, stages, tmp_path):
+    _, images = train_emoji.emoji_data.load(16, tmp_path)
+    for pictures, seed in ((images, 0), (images, 0), (images, 1), (images[::-1], 0)):
+        train_emoji.train_autoencoder(pictures, images[:1], 1, seed, tmp_path, jit=False)
+    first, again, *others = [stage.recipe for stage in stages]
+    assert first == again
+    assert first not in others
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2]), (7, [0, 2, 4])]
+)
+def test_previews_show_what_there_is(count, expected):
+    assert train_emoji.spread(list(range(count)), 3) == expected
 
 
 @pytest.mark.full
