@@ -49,7 +49,7 @@ def run(folder: Path, steps: int, stop: int | None = None, dtype="float32", **op
         diffusion_loss(*models, "epsilon"),
         batch,
         models,
-        adamw(1e-3, steps),
+        adamw(1e-3, steps, loss_scaling=dtype == "mixed_float16"),
         steps=stop or steps,
         folder=folder,
         **{"save_every": 2, "log_every": 1, "progress": False, **options},

@@ -4,9 +4,14 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from small import weights
 
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.training.adversary import Discriminator, adversary
+from stable_diffusion_tf.training.data import random
+from stable_diffusion_tf.training.loop import train
+from stable_diffusion_tf.training.loss import denoised_loss
+from stable_diffusion_tf.training.optimizer import adamw
 
 WHITE, GREY = np.ones((2, 8, 8, 3), "f"), np.full((2, 8, 8, 3), 0.5, "f")
 
@@ -64,3 +69,45 @@ def test_a_discriminator_learns_to_tell_a_blur():
     )
     first, *_, last = [float(step(sharp, blurred)) for _ in range(30)]
     assert first > 1.5 and last < 0.5
+
+
+def train_decoder(folder, killed_at=None):
+    """Four steps of a decoder of one layer against a discriminator -> both's weights."""
+    keras.utils.set_random_seed(0)
+    conv = layers.Conv2DTranspose(3, 2, 2, name="conv")
+    decoder = keras.Sequential([layers.Input((4, 4, 4)), conv], name="decoder")
+    discriminator = Discriminator(width=8)
+
+    def batch(step):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        latents, noise = random(0, step).standard_normal((2, 2, 4, 4, 4), np.float32)
+        images = random(1, step).uniform(-1, 1, (2, 8, 8, 3)).astype("f")
+        level = np.full((2, 1, 1, 1), 0.5**0.5, "f")
+        return latents, noise, np.zeros(2, "f"), level, level, np.zeros((2, 77), "i4"), images
+
+    train(
+        denoised_loss(
+            lambda ids: ids,
+            lambda inputs: inputs[0],
+            decoder,
+            "epsilon",
+            adversary=adversary(discriminator, 0.05),
+        ),
+        batch,
+        [decoder, discriminator],
+        adamw(1e-3, 4),
+        steps=4,
+        folder=folder,
+        save_every=2,
+        progress=False,
+    )
+    return weights([decoder, discriminator])
+
+
+def test_a_killed_run_goes_on_to_the_same_decoder_and_discriminator(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder(tmp_path / "killed", killed_at=3)
+    whole, killed = train_decoder(tmp_path / "whole"), train_decoder(tmp_path / "killed")
+    for a, b in zip(whole, killed, strict=True):
+        np.testing.assert_array_equal(a, b)

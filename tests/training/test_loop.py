@@ -72,10 +72,18 @@ def test_a_finished_run_trains_no_further(tmp_path):
     assert before == after
 
 
-def test_mixed_precision_keeps_float32_weights(tmp_path):
-    models = run(tmp_path, 1, dtype="mixed_bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_learns_in_mixed_precision_with_float32_weights(tmp_path, dtype):
+    models = run(tmp_path, 20, dtype=f"mixed_{dtype}", save_every=20)
+    means = [loss for _, loss in losses(tmp_path)]
+    assert np.mean(means[-10:]) < 0.9 * np.mean(means[:10])
     assert {weight.dtype for weight in weights(models)} == {np.dtype("float32")}
-    assert np.isfinite(losses(tmp_path)[0][1])
+    text_encoder, unet = models
+    zeros = keras.ops.zeros
+    context = text_encoder(zeros((1, 77), "int32"))
+    predicted = unet([zeros((1, 4, 4, 4)), zeros(1), context])
+    for computed in (context, predicted):
+        assert keras.backend.standardize_dtype(computed.dtype) == dtype
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
