@@ -34,15 +34,20 @@ from stable_diffusion_tf.images import (
     contact_sheet,
     save_png,
     signed_to_unit,
-    uint8_to_unit,
-    unit_to_signed,
     unit_to_uint8,
 )
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 from stable_diffusion_tf.pipeline import StableDiffusion
 from stable_diffusion_tf.tokenizer import Tokenizer
 from stable_diffusion_tf.training.adversary import Discriminator, adversary
-from stable_diffusion_tf.training.data import NOISE, noisy_batches, random, shuffled
+from stable_diffusion_tf.training.data import (
+    NOISE,
+    noisy_batches,
+    posterior,
+    random,
+    shuffled,
+    signed,
+)
 from stable_diffusion_tf.training.loop import train
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw, muon
@@ -264,13 +269,6 @@ def rebuilding(encoder, decoder, unknown, folder):
     return preview
 
 
-def posterior(encoder, images, scale=1.0, batch_size=64):
-    """Mean and standard deviation of the pictures' latents, times `scale`."""
-    moments = encoder.predict(signed(images), batch_size, verbose=0)
-    mean, log_variance = np.split(moments, 2, axis=-1)
-    return scale * mean, scale * np.exp(0.5 * log_variance)
-
-
 def train_diffusion(
     models,
     latents,
@@ -391,11 +389,6 @@ def emoji_batches(models, latents, captions, batch_size, seed, shift):
 def spread(items, count):
     """`count` of the items from all over them, or all where there are fewer."""
     return items[:: max(1, len(items) // count)][:count]
-
-
-def signed(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return unit_to_signed(uint8_to_unit(images))
 
 
 def save_preview(images, folder, step, columns):

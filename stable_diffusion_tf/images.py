@@ -23,6 +23,7 @@ ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
 # What is opened: not EPS, which is a program, nor TGA, which any file could be.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")  # theirs
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT = 2**22  # bytes of a PNG's text to read; some programs keep whole workflows there
 MAX_CHUNKS = 2**16  # of a PNG to look at

@@ -132,18 +132,42 @@ def _values(config: ModelConfig) -> dict[str, Any]:
 def export(
     part: str, model: keras.Model, dtype: str = "float32", table: Table | None = None
 ) -> dict[str, np.ndarray]:
-    """A network's weights by the names of a format, in PyTorch's layout; None: by diffusers'."""
+    """A network's weights by the names of a format, in PyTorch's layout; None: by diffusers'.
+
+    Of a layer with LoRA it is the sum.
+    """
     table = table or diffusers.TABLES[part]
     pieces: dict[str, list[np.ndarray]] = {}
-    for variable in sorted(model.weights, key=table.piece):
+    adapted = _adapted(model)
+    own = [v for v in model.weights if not v.name.startswith("lora_")]
+    for variable in sorted(own, key=table.piece):
         name, _, axes = table.tensor(variable)
-        value = np.asarray(variable).transpose(np.argsort(axes))
+        value = np.asarray(variable)
+        if variable.path in adapted:
+            value = value + _product(adapted[variable.path])
+        value = value.transpose(np.argsort(axes))
         with np.errstate(over="ignore"):
             value = value.astype(DTYPES[dtype])
         if not np.isfinite(value).all():
             raise ValueError(f"{name} of the {part} has values that are not finite in {dtype}.")
         pieces.setdefault(name, []).append(value)
     return {name: np.concatenate(values) for name, values in pieces.items()}
+
+
+def _adapted(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """The layers that have LoRA, by the path of the weight that it adds to."""
+    return {
+        re.sub(r"lora_(\w+)_a$", r"\1", weight.path): layer
+        for layer in model.layers
+        for weight in layer.weights
+        if re.fullmatch(r"lora_\w+_a", weight.name)
+    }
+
+
+def _product(layer: keras.layers.Layer) -> np.ndarray:
+    """What LoRA adds, in float32: Keras's own sum is rounded to what the layer computes in."""
+    a, b = (np.asarray(v) for v in layer.weights if v.name.startswith("lora_"))
+    return layer.lora_alpha / layer.lora_rank * (a @ b)
 
 
 def write_folder(models: Models, folder: Path, dtype: str) -> None:

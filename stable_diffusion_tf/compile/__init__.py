@@ -88,16 +88,18 @@ def from_numpy(array):
     return backend().from_numpy(array)
 
 
-def training_step(loss, variables, optimizer, jit=False):
+def training_step(loss, variables, optimizer, jit=False, frozen=()):
     """Returns `step(*batch) -> loss` that updates `variables` once; compiled.
 
     Args:
         loss: `loss(*batch)` -> scalar, computed from the variables' current values.
         variables: what to differentiate by; the optimizer is built for them.
         optimizer: a `keras.optimizers.Optimizer`, gradient scaling included.
+        frozen: Keras variables that the loss reads and nothing updates. Large ones belong here: JAX
+            would else copy them into the compiled code.
     """
     optimizer.build(variables)
-    return backend().training_step(loss, variables, optimizer, jit)
+    return backend().training_step(loss, variables, optimizer, jit, frozen)
 
 
 class _TensorFlow:
@@ -139,7 +141,7 @@ class _TensorFlow:
         return call
 
     @staticmethod
-    def training_step(loss, variables, optimizer, jit):
+    def training_step(loss, variables, optimizer, jit, frozen):
         import tensorflow as tf
 
         @tf.function(jit_compile=jit or None, autograph=False)
@@ -180,25 +182,26 @@ class _Jax:
         return function  # which JAX traces in a fraction of the time
 
     @staticmethod
-    def training_step(loss, variables, optimizer, jit):
+    def training_step(loss, variables, optimizer, jit, frozen):
         import jax
 
         held = [*variables, *optimizer.variables]
+        read = [*held, *frozen]
 
-        def loss_of(values, state, batch):  # the state too: the loss's scale is part of it
-            with keras.StatelessScope(list(zip(held, [*values, *state], strict=True))):
+        def loss_of(values, state, fixed, batch):  # the state too: the loss's scale is part of it
+            with keras.StatelessScope(list(zip(read, [*values, *state, *fixed], strict=True))):
                 value = loss(*batch)
                 return optimizer.scale_loss(value), value
 
         @partial(jax.jit, donate_argnums=(0, 1))
-        def update(values, state, batch):
-            (_, value), gradients = jax.value_and_grad(loss_of, has_aux=True)(values, state, batch)
+        def update(values, state, fixed, batch):
+            gradient = jax.value_and_grad(loss_of, has_aux=True)
+            (_, value), gradients = gradient(values, state, fixed, batch)
             return value, *optimizer.stateless_apply(state, gradients, values)
 
         def step(*batch):
-            value, values, state = update(
-                [v.value for v in variables], [v.value for v in optimizer.variables], batch
-            )
+            parts = variables, optimizer.variables, frozen
+            value, values, state = update(*([v.value for v in part] for part in parts), batch)
             for variable, new in zip(held, [*values, *state], strict=True):
                 variable.assign(new)
             return value

@@ -4,6 +4,7 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.config import AutoencoderConfig
+from stable_diffusion_tf.models.base import Network
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
@@ -18,11 +19,13 @@ from stable_diffusion_tf.models.layers import (
 EPSILON = 1e-6  # of every norm here
 
 
-class Encoder(keras.Model):
+class Encoder(Network):
     """images (B, H, W, 3) in [-1, 1] -> (B, h, w, 2 * channels): mean and log-variance, unscaled.
 
     H and W are multiples of `config.factor`.
     """
+
+    Config = AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig, dtype=None, name="image_encoder"):
         images = keras.Input((None, None, 3), dtype="float32", name="images")
@@ -40,15 +43,16 @@ class Encoder(keras.Model):
             x = ops.silu(group_norm(x, config.groups, "encoder.conv_norm_out", EPSILON))
             x = conv(x, moments, "encoder.conv_out")
             x = conv(x, moments, "quant_conv", kernel=1)
-        super().__init__(images, x, name=name)
-        self.config = config
+        super().__init__(images, x, config, name)
 
 
-class Decoder(keras.Model):
+class Decoder(Network):
     """latents (B, h, w, channels), multiplied by `config.scale` -> images (B, H, W, 3) in [-1, 1].
 
     The division by the scale is inside. Values may overshoot [-1, 1] a little; nothing is clipped.
     """
+
+    Config = AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig, dtype=None, name="image_decoder"):
         latents = keras.Input((None, None, config.latent_channels), dtype="float32", name="latents")
@@ -65,8 +69,7 @@ class Decoder(keras.Model):
                     x = upsample(x, f"{block}.upsamplers.0")
             x = ops.silu(group_norm(x, config.groups, "decoder.conv_norm_out", EPSILON))
             x = conv(x, 3, "decoder.conv_out")
-        super().__init__(latents, x, name=name)
-        self.config = config
+        super().__init__(latents, x, config, name)
 
 
 def downsample(x, name):

@@ -4,6 +4,7 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.config import TextEncoderConfig
+from stable_diffusion_tf.models.base import Network
 from stable_diffusion_tf.models.layers import (
     DotProductAttention,
     dense,
@@ -34,7 +35,7 @@ class PositionEmbedding(layers.Layer):
         return input_shape
 
 
-class TextEncoder(keras.Model):
+class TextEncoder(Network):
     """token_ids (B, N <= 77) int -> (B, N, width), the last layer's states after the final norm.
 
     Args:
@@ -42,6 +43,8 @@ class TextEncoder(keras.Model):
             ViT-L/14 and all but the last layer of OpenCLIP ViT-H/14.
         dtype: Keras dtype policy of the layers, such as "float32" or "mixed_bfloat16".
     """
+
+    Config = TextEncoderConfig
 
     def __init__(self, config: TextEncoderConfig, dtype=None, name="text_encoder"):
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
@@ -55,8 +58,7 @@ class TextEncoder(keras.Model):
                 x = transformer_layer(x, config, f"encoder.layers.{i}")
                 hidden_states.append(x)
             x = layer_norm(x, "final_layer_norm")
-        super().__init__(token_ids, x, name=name)
-        self.config = config
+        super().__init__(token_ids, x, config, name)
         self.hidden_states = hidden_states
 
     def skipping(self, clip_skip: int) -> keras.Model:

@@ -6,6 +6,7 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.config import UNetConfig
+from stable_diffusion_tf.models.base import Network
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
@@ -20,7 +21,7 @@ from stable_diffusion_tf.models.layers import (
 )
 
 
-class UNet(keras.Model):
+class UNet(Network):
     """[latents (B, h, w, in), timesteps (B,), context (B, N, width)] -> (B, h, w, out).
 
     Predicts the noise (or v) in `latents` at `timesteps`, integer or fractional, given the text
@@ -30,6 +31,8 @@ class UNet(keras.Model):
         config: the sizes; see `stable_diffusion_tf.config` for the published ones.
         dtype: Keras dtype policy of the layers. Timesteps are embedded in float32 whatever it is.
     """
+
+    Config = UNetConfig
 
     def __init__(self, config: UNetConfig, dtype=None, name="diffusion_model"):
         latents = keras.Input((None, None, config.in_channels), dtype="float32", name="latents")
@@ -76,8 +79,7 @@ class UNet(keras.Model):
 
             x = ops.silu(group_norm(x, config.groups, "conv_norm_out"))
             x = conv(x, config.out_channels, "conv_out")
-        super().__init__([latents, timesteps, context], x, name=name)
-        self.config = config
+        super().__init__([latents, timesteps, context], x, config, name)
         self.deep = deep
 
     def keeping(self) -> keras.Model:

@@ -3,12 +3,23 @@
 So a run that goes on from a save needs no state of a generator or of a data reader.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from stable_diffusion_tf.config import ScheduleConfig
 from stable_diffusion_tf.diffusion.schedule import alphas_cumprod
+from stable_diffusion_tf.images import (
+    SUFFIXES,
+    ImageSource,
+    load_image,
+    resize,
+    uint8_to_unit,
+    unit_to_signed,
+    unit_to_uint8,
+)
 
 
 def random(seed: int, *counters: int) -> np.random.Generator:
@@ -83,3 +94,71 @@ def noisy_batches(
         )
 
     return batch
+
+
+def captions(folder: str | os.PathLike) -> dict[Path, str]:
+    """A folder's pictures and their captions, by name: of `fox.jpg`, what `fox.txt` says.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        ValueError: it has no pictures; or one without a caption, or a caption without a picture.
+    """
+    files = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        raise ValueError(
+            f"{folder} has no pictures: none of its files ends in {' '.join(SUFFIXES)}"
+        )
+    found = {path: _text(path.with_suffix(".txt")) for path in pictures}
+    lone = [path for path in pictures if not found[path]]
+    if lone:
+        raise ValueError(
+            f"{_listed(lone)}: no caption. Write it into a .txt of the picture's name, such as "
+            f"{lone[0].with_suffix('.txt').name}"
+        )
+    known = {path.with_suffix(".txt") for path in pictures}
+    lone = [path for path in files if path.suffix == ".txt" and path not in known]
+    if lone:
+        raise ValueError(
+            f"{_listed(lone)}: a caption without a picture of its name. Name it as the picture, "
+            "or move it away"
+        )
+    return found
+
+
+def square(source: ImageSource, size: int) -> np.ndarray:
+    """The middle of a picture, as large a square as it has, scaled: uint8 (size, size, 3).
+
+    Errors as of `load_image`.
+    """
+    image = load_image(source)
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return unit_to_uint8(resize(image[top : top + side, left : left + side], size, size))
+
+
+def signed(images: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], which the autoencoder's encoder takes."""
+    return unit_to_signed(uint8_to_unit(images))
+
+
+def posterior(encoder, images, scale: float = 1.0, batch_size: int = 64):
+    """Mean and standard deviation of the latents of uint8 pictures (N, H, W, 3), times `scale`."""
+    moments = encoder.predict(signed(images), batch_size, verbose=0)
+    mean, log_variance = np.split(moments, 2, axis=-1)
+    return scale * mean, scale * np.exp(0.5 * log_variance)
+
+
+def _text(path: Path) -> str:
+    """What a file says; "" if there is none."""
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid text: {error}; write it in UTF-8") from None
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join([str(path) for path in paths[:3]] + ["…"] * (len(paths) > 3))

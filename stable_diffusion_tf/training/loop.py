@@ -50,7 +50,8 @@ def train(
     Args:
         loss: `loss(*batch) -> scalar`; see `stable_diffusion_tf.training.loss`.
         batch: `batch(step) -> tuple of arrays`, a pure function of the step's number.
-        models: the `keras.Model`s whose trainable weights are updated.
+        models: the `keras.Model`s whose trainable weights are updated; and those that the loss
+            reads only, frozen (`trainable = False`).
         optimizer: a `keras.optimizers.Optimizer`; `use_ema=True` keeps the average that
             `averaged` swaps in.
         recipe: what must not change between the pieces of a run, such as the batch size; a save
@@ -74,7 +75,8 @@ def train(
                 f"{variable.path} is {variable.dtype}, in which small updates are lost; load what "
                 'is trained with dtype="mixed_bfloat16", whose weights are float32'
             )
-    update = training_step(loss, variables, optimizer, jit)
+    frozen = [v for model in models for v in model.non_trainable_variables]
+    update = training_step(loss, variables, optimizer, jit, frozen)
     saves = Saves(folder, variables, optimizer, recipe)
     start = saves.restore()
     if start > steps:
