@@ -25,6 +25,7 @@ from stable_diffusion_tf.repeat import (
     changed,
     check_inputs,
     check_network,
+    given,
     setting,
     take_settings,
     taken,
@@ -291,6 +292,8 @@ def generate(
             raise click.UsageError(
                 "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
             )
+        if given(context, "input_image_strength") and drawing["input_image"] is None:
+            raise ValueError("--strength is how far to leave --image behind; give that too")
         check_folder(output)
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -617,7 +620,9 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         mendable = CheckpointError | ChangedError | OSError | FloatingPointError
         if drawing() and not isinstance(error, mendable):
             raise
-        message = with_options(" ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        if not isinstance(error, CheckpointError | OSError):  # of files, by their names
+            message = with_options(message)
         click.echo(f"Error: {printable(message)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -274,7 +274,7 @@ class StableDiffusion:
         seed: int | Sequence[int] | None = None,
         input_image: Any = None,
         input_mask: Any = None,
-        input_image_strength: float = tasks.STRENGTH,
+        input_image_strength: float = 0.5,
         *,
         sampler: str = "ddim",
         schedule: Literal["karras"] | None = None,
@@ -378,7 +378,7 @@ class StableDiffusion:
         positive = self._conditions("prompt", prompt, "context", context, emphasis)
         images = arguments.sources("input_image", input_image)
         masks = arguments.sources("input_mask", input_mask)
-        tasks.check(self.config, images, masks, strength, sample_posterior, mask_feather)
+        tasks.check(self.config, images, masks, sample_posterior, mask_feather)
         previewed, callback = callback is not None, arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
         if negative_prompt is None and negative_context is None:

@@ -12,8 +12,6 @@ from stable_diffusion_tf.diffusion.inpainting import repainting
 from stable_diffusion_tf.diffusion.schedule import Step
 from stable_diffusion_tf.images import feather
 
-STRENGTH = 0.5  # of the earlier port: given or not, it asks for nothing
-
 
 class Task(NamedTuple):
     """How a task begins, samples and ends."""
@@ -28,15 +26,10 @@ def check(
     config: ModelConfig,
     images: Sequence[Any],
     masks: Sequence[Any],
-    strength: float,
     sample_posterior: bool,
     mask_feather: float,
 ) -> None:
     """Raises ValueError if they are no task, or none of this model's, or one would do nothing."""
-    if strength != STRENGTH and not images:
-        raise ValueError(
-            "input_image_strength is how far to leave input_image behind; give that too"
-        )
     if sample_posterior and not images:
         raise ValueError("sample_posterior is of the posterior of input_image; give that too")
     if masks and not images:

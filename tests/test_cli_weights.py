@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from stable_diffusion_tf.checkpoints.catalog import PRESETS
 from stable_diffusion_tf.checkpoints.hub import HubFile, cached
+from stable_diffusion_tf.checkpoints.hub_folder import HubFolder
 from stable_diffusion_tf.cli import main
 
 REPO = "someone/some-model"
@@ -83,6 +84,17 @@ def test_a_repository_that_is_not_whole_is_neither_found_nor_good(hub, tiny_mode
         assert result.stderr == (
             f"Error: Not downloaded: {REPO}/{unet}. Run `sdtf weights download {REPO}`.\n"
         )
+
+
+def test_a_repository_that_was_taken_with_a_variant_is_whole(hub, tiny_model):
+    paths = [path for path in tiny_model.rglob("*") if path.is_file()]
+    files = {path.relative_to(tiny_model).as_posix(): path.read_bytes() for path in paths}
+    unet = "unet/diffusion_pytorch_model"
+    hub.repositories[REPO] = {**files, f"{unet}.non_ema.safetensors": files[f"{unet}.safetensors"]}
+    HubFolder(REPO, "non_ema").download()
+    result = sdtf("verify", REPO)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{unet}.non_ema.safetensors" in result.stdout
 
 
 def test_what_goes_wrong_is_said_in_one_line(hub):

@@ -872,7 +872,6 @@ WRONG = [
     ((PROMPT,), {"input_mask": WHITE}, ValueError, "input_mask says where .* input_image; give"),
     ((PROMPT,), {**PAIR, "input_mask": WHITE - 2}, ValueError, r"input_mask: .*\[-1, -1\]"),
     ((PROMPT,), {**PAIR, "input_mask": WHITE / 255}, ValueError, "input_mask: .* brightest"),
-    ((PROMPT,), {"input_image_strength": 0.9}, ValueError, "leave input_image behind; give that"),
     ((PROMPT,), {"sample_posterior": True}, ValueError, "posterior of input_image; give that too"),
     ((PROMPT,), {"mask_feather": 2}, ValueError, "mask_feather softens .* input_mask; give that"),
     (

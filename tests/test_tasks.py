@@ -96,19 +96,18 @@ class TestPrepare:
 
 
 class TestChecks:
-    def check(self, config=TINY, images=(), masks=(), strength=0.5, posterior=False, feather=0.0):
-        tasks.check(config, images, masks, strength, posterior, feather)
+    def check(self, config=TINY, images=(), masks=(), posterior=False, feather=0.0):
+        tasks.check(config, images, masks, posterior, feather)
 
     def test_every_task_passes(self):
         self.check()
-        self.check(images=[PHOTO], strength=0.9, posterior=True)
+        self.check(images=[PHOTO], posterior=True)
         self.check(images=[PHOTO], masks=[MASK], feather=2.0)
         self.check(INPAINTING, [PHOTO], [MASK])
 
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"strength": 0.9}, "how far to leave input_image behind; give that"),
             ({"posterior": True}, "the posterior of input_image; give that"),
             ({"masks": [MASK]}, "where to repaint input_image; give that"),
             ({"images": [PHOTO], "feather": 2.0}, "the edge of input_mask; give that"),

@@ -16,6 +16,7 @@ from stable_diffusion_tf.checkpoints.tensors import stored_in
 from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
+PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 ROWS = 32  # of a tensor that are put in order at a time: few enough for a processor's caches
 
 
@@ -157,7 +158,8 @@ def empty(shape: Sequence[int], dtype: str) -> np.ndarray:
     to fill them.
     """
     dtype, count = np.dtype(dtype), math.prod(shape)
-    return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype, count).reshape(shape)
+    memory = mmap.mmap(-1, count * dtype.itemsize, **PRIVATE)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 class PartTable(Protocol):

@@ -1,6 +1,6 @@
 """A repository in the diffusers layout: only what is needed of it, part by part."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from stable_diffusion_tf.checkpoints.config_json import read_config
 from stable_diffusion_tf.checkpoints.diffusers import (
     FILES,
     JSON_FILES,
+    OLD_FILES,
     TABLES,
     TOKENIZER_FILES,
     find_all,
@@ -96,11 +97,19 @@ def cached_files(repo: str) -> list[HubFile]:
     # A link in the cache can outlive what it leads to.
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     weights, missing = find_all(names.__contains__)
-    names.update(missing)
+    # What was taken with a variant is not missing.
+    names.update(name for name in missing if not _has_weights(names, name))
     for name in filter(None, weights.values()):
         with suppress(FileNotFoundError, CheckpointError):  # said when it is hashed, or opened
             names |= _shards(folder / name, name)
     return [replace(index, name=name, revision=folder.name) for name in sorted(names)]
+
+
+def _has_weights(names: Collection[str], missing: str) -> bool:
+    """Whether some of the part that a missing file belongs to are there, of whatever variant."""
+    stems = {f"{FILES[part]}.": f"{OLD_FILES[part]}." for part in FILES}
+    stem = next(filter(missing.startswith, stems), None)
+    return stem is not None and any(name.startswith((stem, stems[stem])) for name in names)
 
 
 def _shards(path: Path, name: str) -> set[str]:

@@ -40,7 +40,7 @@ def denoiser(
     prediction: str,
     context,
     negative_context=None,
-    guidance=None,
+    guidance=1.0,
     rescale=None,
 ) -> Callable:
     """Returns `denoise(x, step) -> x0`, which samplers call: a pure function, fit to compile.

@@ -1,6 +1,7 @@
 """Classifier-free guidance."""
 
 from collections.abc import Callable
+from numbers import Real
 
 from keras import ops, tree
 
@@ -9,7 +10,7 @@ def guided(
     network: Callable,
     context,
     negative_context=None,
-    guidance=None,
+    guidance=1.0,
     rescale=None,
 ) -> Callable:
     """Returns `predict(latents, timesteps)`, the network's prediction drawn towards its context.
@@ -23,12 +24,13 @@ def guided(
             its raw prediction, shaped as the latents.
         context: (B, 77, width); or whatever else the network takes, as a tuple of (B, …) tensors.
         negative_context: what to be drawn away from, shaped as `context`; None: no guidance.
-        guidance: how much, a number or a scalar tensor.
+        guidance: a number, of which 1 or less runs the network without guidance; or a scalar
+            tensor, whose value a compiled function cannot look at: it always guides.
         rescale: in [0, 1], how far the guided prediction gets back the positive one's standard
             deviation, image by image (Lin et al. 2023, arXiv:2305.08891, section 3.4): a number or
             a scalar tensor. None, like 0, changes nothing.
     """
-    if negative_context is None:
+    if negative_context is None or (isinstance(guidance, Real) and guidance <= 1):
         return lambda latents, timesteps: network(latents, timesteps, context)
     contexts = tree.map_structure(lambda *both: ops.concatenate(both), negative_context, context)
 

@@ -1,4 +1,4 @@
-"""What the four networks have in common as Keras models: how Keras saves, loads and clones them."""
+"""What the four networks have in common as Keras models: how Keras saves and loads them."""
 
 from dataclasses import asdict
 
@@ -8,8 +8,8 @@ import keras
 class Network(keras.Model):
     """A functional model whose layers are made by its constructor, `cls(config, dtype, name)`.
 
-    Keras keeps the arguments and which layers are frozen, and calls the constructor again. A kernel
-    with LoRA is kept as the sum that it is.
+    Keras keeps the arguments and which layers are frozen, and calls the constructor again. What has
+    LoRA is better saved by `checkpoints.save`: Keras rounds the sums to what layers compute in.
 
     Attributes:
         config: a `Config`.

@@ -76,6 +76,14 @@ def test_guidance_is_one_call_on_a_doubled_batch():
     assert network.batches == [4]
 
 
+@pytest.mark.parametrize("guidance", [1, 1.0, np.float32(1), 0.0, -2])
+def test_guidance_up_to_1_runs_no_unconditional_half(guidance):
+    network = Network()
+    x0 = denoiser(network, "epsilon", CONTEXT, NEGATIVE, guidance)(X, STEP)
+    assert network.batches == [2]
+    np.testing.assert_array_equal(x0, denoiser(network, "epsilon", CONTEXT)(X, STEP))
+
+
 def guided_by_hand(prediction, guidance, rescale):
     network = Network()
     timesteps = np.full(2, STEP.timestep, np.float32)
