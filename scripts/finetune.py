@@ -10,7 +10,7 @@ from its last save. Losses, saves and sheets of what is drawn of the first capti
 folder, under TARGET's name.
 
 \b
-  python scripts/finetune.py emoji my-pictures my-emoji --steps 600 --batch-size 8
+  python scripts/finetune.py emoji my-pictures my-emoji --steps 100 --rate 1e-3
   sdtf generate "what a caption says" --weights my-emoji
 """
 
