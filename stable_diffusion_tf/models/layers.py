@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import keras
 from keras import layers, ops
 
-from stable_diffusion_tf.compile import traced_once, uses_onednn
+from stable_diffusion_tf.compile import softmax, traced_once, uses_onednn
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
@@ -208,8 +208,7 @@ def attend_in_blocks(q, k, v, most):
     v = ops.reshape(ops.transpose(v, (0, 2, 1, 3)), (batch * heads, -1, width))
 
     def block(i):
-        weights = ops.softmax(ops.cast(ops.matmul(q[i], k[i // blocks]), "float32"))
-        return ops.matmul(ops.cast(weights, v.dtype), v[i // blocks])
+        return ops.matmul(softmax(ops.matmul(q[i], k[i // blocks])), v[i // blocks])
 
     out = ops.map(block, ops.arange(batch * heads * blocks))
     out = ops.reshape(out, (batch, heads, blocks * rows, width))
