@@ -108,19 +108,20 @@ class Networks:
 
     def denoiser(
         self,
-        context: tuple,
-        negative_context: tuple | None,
+        context: np.ndarray,
+        negative_context: np.ndarray | None,
         guidance: float | None,
         rescale: float | None,
+        channels: Sequence[np.ndarray] = (),
         reuse: int = 1,
     ) -> Callable:
         """Returns `denoise(x, step) -> x0`, for one run of a sampler.
 
         Args:
-            context: the text encoder's states (B, 77 n, width), and whatever the UNet sees beside
-                the latents, (B, h, w, …).
+            context: the text encoder's states (B, 77 n, width).
             negative_context: the same, of what to be drawn away from; None: no guidance.
             guidance, rescale: see `diffusion.guidance.guided`.
+            channels: what the UNet sees beside the latents, each (B, h, w, …).
             reuse: at every how many calls the whole UNet runs, see `diffusion.reuse`.
         """
         network = self._denoise
@@ -128,7 +129,9 @@ class Networks:
             network = reusing(self._denoise_keeping, self._denoise_reusing, reuse)
         # As tensors, so that no number is compiled in.
         given = tree.map_structure(
-            _tensor, (context, negative_context, guidance, rescale), none_is_leaf=False
+            _tensor,
+            (tuple(channels), context, negative_context, guidance, rescale),
+            none_is_leaf=False,
         )
         return lambda x, step: network(x, Step(*map(_tensor, step)), *given)
 
@@ -148,13 +151,12 @@ class Networks:
         """`denoise(x, step, …, *deep)` -> x0; of a network that keeps deep features, those too."""
         prediction = self._config.schedule.prediction
 
-        def denoise(x, step, context, negative_context, guidance, rescale, *deep):
+        def denoise(x, step, channels, context, negative_context, guidance, rescale, *deep):
             kept = []
 
             def network(latents, timesteps, context):
-                states, *channels = context
                 latents = ops.concatenate([latents, *channels], -1)
-                output, *kept[:] = tree.flatten(unet([latents, timesteps, states, *deep]))
+                output, *kept[:] = tree.flatten(unet([latents, timesteps, context, *deep]))
                 return output
 
             x0 = denoiser(network, prediction, context, negative_context, guidance, rescale)(

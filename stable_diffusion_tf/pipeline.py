@@ -439,9 +439,10 @@ class StableDiffusion:
             task = tasks.prepare(
                 self.config, sample, encode, images, masks, mask_feather, first, draw
             )
-            contexts = states[:count], *task.channels
-            negatives = None if guidance is None else (states[count:], *task.channels)
-            denoise = self._networks.denoiser(contexts, negatives, guidance, rescale, reuse)
+            negatives = None if guidance is None else states[count:]
+            denoise = self._networks.denoiser(
+                states[:count], negatives, guidance, rescale, task.channels, reuse
+            )
             bar.set_description("Denoising")
             drawn = task.sample(denoise, task.start, levels, noise)
             for step, (x, x0) in enumerate(drawn, 1):

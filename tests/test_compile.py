@@ -218,6 +218,28 @@ print(os.environ["TF_CPU_ALLOCATOR_USE_BFC"], os.environ["TF_ENABLE_ONEDNN_OPTS"
     assert run.stdout.split() == [*(given.get(key, "1") for key in says), str(onednn)]
 
 
+@pytest.mark.parametrize("onednn", ["0", "1"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_softmax_is_float32s_rounded_once(onednn, jit):
+    code = f"""
+import numpy as np, stable_diffusion_tf, keras
+from stable_diffusion_tf.compile import compiler, softmax
+x = 4 * np.random.default_rng(0).standard_normal((3, 999), dtype=np.float32)
+for dtype in ("float32", "bfloat16", "float16"):
+    low = keras.ops.cast(x, dtype)
+    expected = keras.ops.cast(keras.ops.softmax(keras.ops.cast(low, "float32")), dtype)
+    found = compiler(jit={jit})(softmax)(low)
+    np.testing.assert_allclose(*(keras.ops.cast(y, "float32") for y in (found, expected)), 1e-6)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TF_ENABLE_ONEDNN_OPTS": onednn},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.fixture
 def rooted():
     """A function that is traced once, and the shapes that it was traced for."""

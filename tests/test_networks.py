@@ -74,7 +74,7 @@ def test_networks_are_compiled_once_each(watched):
     assert watched.compiled == 2
     for _ in range(2):
         watched.networks.decode(np.zeros((2, 3, 4, 4), np.float32))
-        watched.networks.denoiser((), None, None, None)
+        watched.networks.denoiser(np.zeros(0), None, None, None)
     assert watched.compiled == 4
 
 
@@ -126,7 +126,7 @@ def test_an_overflow_names_its_stage_and_the_remedy(dtype, remedy):
 def test_a_denoiser_gives_x0_of_what_the_network_sees(watched):
     x = np.ones((2, 3, 4, 4), np.float32)
     states = np.zeros((2, 77, 32), np.float32)
-    denoise = watched.networks.denoiser((states,), None, None, None)
+    denoise = watched.networks.denoiser(states, None, None, None)
     np.testing.assert_allclose(denoise(x, STEP), x / 0.8, rtol=1e-6)  # no noise is predicted
 
 

@@ -125,7 +125,7 @@ class _TensorFlow:
     @staticmethod
     @cache
     def rounds_softmax_once(dtype):
-        """Whether its softmax of `dtype` is float32's, rounded: oneDNN's is, where it knows the type."""
+        """Whether its softmax of `dtype` is float32's, rounded, as oneDNN's of what it knows is."""
         import tensorflow as tf
 
         with tf.init_scope():

@@ -46,9 +46,9 @@ def denoiser(
     """Returns `denoise(x, step) -> x0`, which samplers call: a pure function, fit to compile.
 
     Args:
-        network: `network(latents (B, h, w, c), timesteps (B,) float32, context (B, 77, width))`.
+        network, context, negative_context, guidance, rescale: see `guided`; its timesteps are
+            float32.
         prediction: "epsilon" or "v", what the network predicts.
-        context, negative_context, guidance, rescale: see `guided`.
     """
     _known(prediction)
 

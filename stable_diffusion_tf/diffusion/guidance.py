@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from numbers import Real
 
-from keras import ops, tree
+from keras import ops
 
 
 def guided(
@@ -16,13 +16,14 @@ def guided(
     """Returns `predict(latents, timesteps)`, the network's prediction drawn towards its context.
 
     Ho and Salimans 2022, arXiv:2207.12598, in the form `negative + guidance * (positive -
-    negative)`: what the context adds, exaggerated. Both predictions come from one call on a
-    doubled batch, the negative half first.
+    negative)`: what the context adds, exaggerated. Both predictions come from one call: of the
+    latents once, and of two contexts for each, all negative ones first.
 
     Args:
-        network: `network(latents (B, h, w, c), timesteps (B,), context (B, 77, width))`, returning
-            its raw prediction, shaped as the latents.
-        context: (B, 77, width); or whatever else the network takes, as a tuple of (B, …) tensors.
+        network: `network(latents (B, h, w, c), timesteps (B,), context (n B, 77, width))`,
+            returning its raw predictions (n B, h, w, c): of all latents with the first B contexts,
+            then of all of them with the next.
+        context: (B, 77, width).
         negative_context: what to be drawn away from, shaped as `context`; None: no guidance.
         guidance: a number, of which 1 or less runs the network without guidance; or a scalar
             tensor, whose value a compiled function cannot look at: it always guides.
@@ -32,13 +33,10 @@ def guided(
     """
     if negative_context is None or (isinstance(guidance, Real) and guidance <= 1):
         return lambda latents, timesteps: network(latents, timesteps, context)
-    contexts = tree.map_structure(lambda *both: ops.concatenate(both), negative_context, context)
+    contexts = ops.concatenate([negative_context, context])
 
     def predict(latents, timesteps):
-        both = network(
-            ops.concatenate([latents, latents]), ops.concatenate([timesteps, timesteps]), contexts
-        )
-        negative, positive = ops.split(both, 2)
+        negative, positive = ops.split(network(latents, timesteps, contexts), 2)
         mixed = negative + guidance * (positive - negative)
         if rescale is not None:
             ratio = _deviation(positive) / _deviation(mixed)

@@ -208,7 +208,11 @@ def attend_in_blocks(q, k, v, most):
     v = ops.reshape(ops.transpose(v, (0, 2, 1, 3)), (batch * heads, -1, width))
 
     def block(i):
-        return ops.matmul(softmax(ops.matmul(q[i], k[i // blocks])), v[i // blocks])
+        weights, values = softmax(ops.matmul(q[i], k[i // blocks])), v[i // blocks]
+        if values.dtype != "bfloat16":
+            return ops.matmul(weights, values)
+        # In bfloat16, oneDNN is slow with a first factor of rows 2^n apart, the weights'.
+        return ops.transpose(ops.matmul(ops.transpose(values), ops.transpose(weights)))
 
     out = ops.map(block, ops.arange(batch * heads * blocks))
     out = ops.reshape(out, (batch, heads, blocks * rows, width))

@@ -22,10 +22,14 @@ from stable_diffusion_tf.models.layers import (
 
 
 class UNet(Network):
-    """[latents (B, h, w, in), timesteps (B,), context (B, N, width)] -> (B, h, w, out).
+    """[latents (B, h, w, in), timesteps (B,), context (n B, N, width)] -> (n B, h, w, out).
 
     Predicts the noise (or v) in `latents` at `timesteps`, integer or fractional, given the text
     encoder's states. Any height and width: upsampling follows the size of the skip.
+
+    Of n contexts for each of the latents (all the first ones, then all the second ones, …), as in
+    guidance, the predictions are as of n times the latents and timesteps; but up to where a context
+    is first read, they are computed once.
 
     Args:
         config: the sizes; see `stable_diffusion_tf.config` for the published ones.
@@ -40,11 +44,18 @@ class UNet(Network):
         context = keras.Input((None, config.context_width), dtype="float32", name="context")
         levels = range(len(config.widths))
         last = levels[-1]
+        shared = True  # by all contexts, as none has been read
 
         def block(x, width, name, i, level, attend):
+            nonlocal temb, shared
             x = resnet(x, width, config.groups, f"{name}.resnets.{i}", temb)
             if attend:
-                x = spatial_transformer(x, context, config, level, f"{name}.attentions.{i}")
+                name = f"{name}.attentions.{i}"
+                h = attend_to_itself(x, config, level, name)
+                if shared:
+                    x, h, temb, *skips[:] = (PerContext()(y, context) for y in (x, h, temb, *skips))
+                    shared = False
+                x = attend_to_context(x, h, context, config, level, name)
             return x
 
         with dtype_policy(dtype):
@@ -119,21 +130,38 @@ def downsample(x, name):
     return Convolution(x.shape[-1], 3, strides=2, name=f"{name}.conv")(x_padded)
 
 
-def spatial_transformer(x, context, config, level, name):
-    """Self-attention, cross-attention to `context` and a gated MLP at every position of x."""
-    width, heads = config.widths[level], config.heads[level]
+class PerContext(layers.Layer):
+    """x (B, …), context (n B, N, width) -> (n B, …): all of x, n times."""
 
-    def project(x, name):  # the same arithmetic; checkpoints store it as one or the other
-        return dense(x, width, name) if config.linear_projection else conv(x, width, name, kernel=1)
+    def call(self, x, context):
+        n = ops.shape(context)[0] // ops.shape(x)[0]
+        return ops.tile(x, (n, *(1 for _ in x.shape[1:])))
 
+    def compute_output_shape(self, x_shape, context_shape):
+        return context_shape[0], *x_shape[1:]
+
+
+def attend_to_itself(x, config, level, name):
+    """The first part of a spatial transformer: x and self-attention at every position."""
     h = group_norm(x, config.groups, f"{name}.norm", epsilon=1e-6)
-    h = project(h, f"{name}.proj_in")
+    h = project(h, config, f"{name}.proj_in")
+    normed = layer_norm(h, f"{name}.transformer_blocks.0.norm1")
+    return h + attention(normed, normed, config.heads[level], f"{name}.transformer_blocks.0.attn1")
+
+
+def attend_to_context(x, h, context, config, level, name):
+    """The rest of it: x and, of the first part's h, cross-attention and a gated MLP."""
     block = f"{name}.transformer_blocks.0"
-    normed = layer_norm(h, f"{block}.norm1")
-    h = h + attention(normed, normed, heads, f"{block}.attn1")
-    h = h + attention(layer_norm(h, f"{block}.norm2"), context, heads, f"{block}.attn2")
+    normed = layer_norm(h, f"{block}.norm2")
+    h = h + attention(normed, context, config.heads[level], f"{block}.attn2")
     h = h + geglu(layer_norm(h, f"{block}.norm3"), f"{block}.ff.net")
-    return x + project(h, f"{name}.proj_out")
+    return x + project(h, config, f"{name}.proj_out")
+
+
+def project(x, config, name):
+    """The same arithmetic; checkpoints store it as one or the other."""
+    width = x.shape[-1]
+    return dense(x, width, name) if config.linear_projection else conv(x, width, name, kernel=1)
 
 
 def attention(x, context, heads, name):

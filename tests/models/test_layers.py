@@ -213,3 +213,14 @@ def test_attention_in_blocks_is_exact(monkeypatch, size, block):
     close(layer(q, k, v), whole)
     in_a_graph = compiler()(lambda *args: layer(*args))
     close(in_a_graph(*map(ops.convert_to_tensor, (q, k, v))), whole)
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+@pytest.mark.parametrize("block", [40, 1])
+def test_attention_in_blocks_rounds_bfloat16_as_it_does_in_one_piece(monkeypatch, block, scale):
+    q, k, v = (ops.cast(scale**0.5 * x, "bfloat16") for x in normal(3, 2, 4, 5, 8))
+    layer = DotProductAttention(heads=2, dtype="bfloat16")
+    whole = ops.cast(layer(q, k, v), "float32")
+    monkeypatch.setattr(layers, "BLOCK", block)
+    assert layer(q, k, v).dtype == q.dtype
+    np.testing.assert_allclose(ops.cast(layer(q, k, v), "float32"), whole, rtol=0, atol=2**-6)

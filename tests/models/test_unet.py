@@ -73,6 +73,24 @@ def test_the_output_has_the_size_of_the_input(deep, size):
     assert deep(inputs(np.array([1.0, 2.0], np.float32), *size)).shape == (2, *size, 4)
 
 
+@pytest.mark.parametrize("config", [DEEP, replace(DEEP, attention=(False, True, False)), TINY.unet])
+def test_what_reads_no_context_is_computed_once_for_all_contexts(config):
+    unet = UNet(config)
+    latents, timesteps, first = inputs(np.array([981, 957.375], np.float32), 5, 7)
+    contexts = np.concatenate([first, 2 * first, 3 * first])
+    found = unet([latents, timesteps, contexts])
+    tiled = unet([np.tile(latents, (3, 1, 1, 1)), np.tile(timesteps, 3), contexts])
+    np.testing.assert_allclose(found, tiled, rtol=0, atol=1e-5)
+    assert abs(ops.convert_to_numpy(found[:2] - found[2:4])).max() > 1e-4
+
+    names = [layer.name for layer in unet.layers]
+    reader = next(i for i, name in enumerate(names) if name.endswith("attn2.to_k"))
+    read = names[reader].removesuffix("attn2.to_k")
+    outputs = [unet.get_layer(read + end).output for end in ("attn1.to_out.0", "attn2.to_out.0")]
+    before, after = keras.Model(unet.inputs, outputs)([latents, timesteps, contexts])
+    assert (before.shape[0], after.shape[0]) == (2, 6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("config", [DEEP, replace(TINY.unet, widths=(32,)), TINY.unet])
 def test_the_shallow_rest_of_the_same_inputs_says_the_same(config, dtype):
