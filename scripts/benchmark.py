@@ -2,7 +2,7 @@
 
 \b
   text     a prompt of 77 tokens through the text encoder, whatever --batch says
-  step     one guided step of --batch pictures: the UNet on twice as many
+  step     one guided step of --batch pictures: the UNet with the prompt and without
   decode   latents to pictures
   picture  whole ones, from the prompt: text, --steps guided steps, decode
 

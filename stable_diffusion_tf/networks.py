@@ -112,7 +112,7 @@ class Networks:
         negative_context: np.ndarray | None,
         guidance: float | None,
         rescale: float | None,
-        channels: Sequence[np.ndarray] = (),
+        channels: tuple[np.ndarray, ...] = (),
         reuse: int = 1,
     ) -> Callable:
         """Returns `denoise(x, step) -> x0`, for one run of a sampler.
@@ -130,7 +130,7 @@ class Networks:
         # As tensors, so that no number is compiled in.
         given = tree.map_structure(
             _tensor,
-            (tuple(channels), context, negative_context, guidance, rescale),
+            (context, negative_context, guidance, rescale, channels),
             none_is_leaf=False,
         )
         return lambda x, step: network(x, Step(*map(_tensor, step)), *given)
@@ -151,7 +151,7 @@ class Networks:
         """`denoise(x, step, …, *deep)` -> x0; of a network that keeps deep features, those too."""
         prediction = self._config.schedule.prediction
 
-        def denoise(x, step, channels, context, negative_context, guidance, rescale, *deep):
+        def denoise(x, step, context, negative_context, guidance, rescale, channels, *deep):
             kept = []
 
             def network(latents, timesteps, context):

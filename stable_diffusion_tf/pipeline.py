@@ -224,7 +224,7 @@ class StableDiffusion:
 
     @property
     def diffusion_model(self) -> keras.Model:
-        """[latents (B, h, w, 4), timesteps (B,), context (B, 77, width)] -> (B, h, w, 4)."""
+        """[latents (B, h, w, 4), timesteps (B,), context (n B, 77, width)] -> (n B, h, w, 4)."""
         return self._networks["unet"]
 
     @property

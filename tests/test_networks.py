@@ -130,6 +130,22 @@ def test_a_denoiser_gives_x0_of_what_the_network_sees(watched):
     np.testing.assert_allclose(denoise(x, STEP), x / 0.8, rtol=1e-6)  # no noise is predicted
 
 
+def test_guidance_shows_the_network_latents_and_channels_once_and_both_contexts():
+    seen = []
+
+    def unet(inputs):
+        seen.append([tuple(x.shape) for x in inputs])
+        latents, _, context = map(np.asarray, inputs)
+        return np.tile(latents[..., :4], (2, 1, 1, 1)) * context[:, :1, None, :1]
+
+    x, mask, grey = (np.full((2, 3, 4, c), c, np.float32) for c in (4, 1, 4))
+    negative, positive = (np.full((2, 77, 32), value, np.float32) for value in (1, 3))
+    networks = Watched(unet=unet).networks
+    x0 = networks.denoiser(positive, negative, 2.0, None, (mask, grey))(x, STEP)
+    assert seen == [[(2, 3, 4, 9), (2,), (4, 77, 32)]]
+    np.testing.assert_allclose(x0, (x - 0.6 * (1 + 2 * (3 - 1)) * x) / 0.8, rtol=1e-5)
+
+
 def test_threads_load_and_compile_once_between_them(watched):
     def work(_):
         watched.networks.decode(np.zeros((1, 3, 4, 4), np.float32))

@@ -397,7 +397,7 @@ def test_networks_are_compiled_once_a_shape(tiny_model, monkeypatch):
     for network in (sd.diffusion_model, sd.image_decoder):
 
         def call(inputs, *args, of=network, original=network.call, **kwargs):
-            traced.append((of.name, tree.flatten(inputs)[0].shape[0]))
+            traced.append((of.name, *(x.shape[0] for x in tree.flatten(inputs))))
             return original(inputs, *args, **kwargs)
 
         monkeypatch.setattr(network, "call", call)
@@ -407,10 +407,10 @@ def test_networks_are_compiled_once_a_shape(tiny_model, monkeypatch):
         {"sampler": "euler_ancestral", "negative_prompt": "a dog"},
     ):
         sd.generate(PROMPT, progress=False, **{"num_steps": 2, **settings})
-    assert traced == [("diffusion_model", 2), ("image_decoder", 1)]
-    # Without guidance, only the prompt's half.
+    # Latents and timesteps once, with both contexts.
+    assert traced == [("diffusion_model", 1, 1, 2), ("image_decoder", 1)]
     sd.generate(PROMPT, num_steps=2, unconditional_guidance_scale=1, progress=False)
-    assert traced[2:] == [("diffusion_model", 1)]
+    assert traced[2:] == [("diffusion_model", 1, 1, 1)]
 
 
 def test_each_distinct_chunk_is_read_once(small, monkeypatch):

@@ -115,12 +115,16 @@ class _TensorFlow:
     @staticmethod
     def softmax(x):
         """Without casts where TensorFlow's own rounds once: two passes less over what is large."""
-        import tensorflow as tf
-        from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext as in_xla
+        once = not _TensorFlow.in_xla() and _TensorFlow.rounds_softmax_once(x.dtype)
+        return keras.ops.softmax(x) if once else _softmax(x)
 
-        graph = tf.compat.v1.get_default_graph()
-        whole = not in_xla(graph) and _TensorFlow.rounds_softmax_once(x.dtype)
-        return tf.nn.softmax(x) if whole else _softmax(x)
+    @staticmethod
+    def in_xla():
+        """Whether what is being traced will be compiled through XLA."""
+        import tensorflow as tf
+        from tensorflow.python.ops import control_flow_util  # no public name tells
+
+        return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
     @staticmethod
     @cache
@@ -162,9 +166,10 @@ class _TensorFlow:
 
         @wraps(function)
         def call(*args):
-            # Engines want a flat graph; and a trace for unknown sizes would serve known ones too.
+            # Engines want a flat graph; a trace for unknown sizes would serve known ones too, and
+            # one for XLA what is not for it.
             unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))
-            flat = tf.executing_eagerly() or in_stateless_scope() or unknown
+            flat = tf.executing_eagerly() or in_stateless_scope() or unknown or _TensorFlow.in_xla()
             return (function if flat else traced)(*args)
 
         return call

@@ -20,10 +20,10 @@ def guided(
     latents once, and of two contexts for each, all negative ones first.
 
     Args:
-        network: `network(latents (B, h, w, c), timesteps (B,), context (n B, 77, width))`,
+        network: `network(latents (B, h, w, c), timesteps (B,), context (n B, N, width))`,
             returning its raw predictions (n B, h, w, c): of all latents with the first B contexts,
             then of all of them with the next.
-        context: (B, 77, width).
+        context: (B, N, width).
         negative_context: what to be drawn away from, shaped as `context`; None: no guidance.
         guidance: a number, of which 1 or less runs the network without guidance; or a scalar
             tensor, whose value a compiled function cannot look at: it always guides.

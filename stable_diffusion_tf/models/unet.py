@@ -96,7 +96,7 @@ class UNet(Network):
     def keeping(self) -> keras.Model:
         """The same network, its layers and weights, giving [prediction, deep features].
 
-        The features (B, h, w, channels) are all that its last block reads of the blocks before.
+        The features (n B, h, w, channels) are all that its last block reads of the blocks before.
         They change slowly from step to step (DeepCache: Ma et al. 2023, arXiv:2312.00858).
         """
         return keras.Model(self.inputs, [self.outputs[0], self.deep])
@@ -134,8 +134,9 @@ class PerContext(layers.Layer):
     """x (B, …), context (n B, N, width) -> (n B, …): all of x, n times."""
 
     def call(self, x, context):
-        n = ops.shape(context)[0] // ops.shape(x)[0]
-        return ops.tile(x, (n, *(1 for _ in x.shape[1:])))
+        shape = ops.shape(x)
+        n = ops.shape(context)[0] // shape[0]
+        return ops.reshape(ops.broadcast_to(x, (n, *shape)), (-1, *shape[1:]))
 
     def compute_output_shape(self, x_shape, context_shape):
         return context_shape[0], *x_shape[1:]
@@ -143,10 +144,11 @@ class PerContext(layers.Layer):
 
 def attend_to_itself(x, config, level, name):
     """The first part of a spatial transformer: x and self-attention at every position."""
+    block = f"{name}.transformer_blocks.0"
     h = group_norm(x, config.groups, f"{name}.norm", epsilon=1e-6)
     h = project(h, config, f"{name}.proj_in")
-    normed = layer_norm(h, f"{name}.transformer_blocks.0.norm1")
-    return h + attention(normed, normed, config.heads[level], f"{name}.transformer_blocks.0.attn1")
+    normed = layer_norm(h, f"{block}.norm1")
+    return h + attention(normed, normed, config.heads[level], f"{block}.attn1")
 
 
 def attend_to_context(x, h, context, config, level, name):
@@ -159,7 +161,7 @@ def attend_to_context(x, h, context, config, level, name):
 
 
 def project(x, config, name):
-    """The same arithmetic; checkpoints store it as one or the other."""
+    """Dense or a convolution of 1x1: the same arithmetic; checkpoints store one or the other."""
     width = x.shape[-1]
     return dense(x, width, name) if config.linear_projection else conv(x, width, name, kernel=1)
 
