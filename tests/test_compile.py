@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import synth
@@ -16,7 +17,7 @@ from tiny import TINY, write_folder
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
-from stable_diffusion_tf.compile import compiler, openvino, traced_once
+from stable_diffusion_tf.compile import compiler, onednn, openvino, traced_once
 from stable_diffusion_tf.models.layers import (
     DotProductAttention,
     GroupNormalization,
@@ -242,6 +243,46 @@ for dtype in ("float32", "bfloat16", "float16"):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("summed", [2**17, 20])  # in one piece, and in 3
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_onednn_finds_the_moments_and_gradients_of_any_backend(dtype, summed, monkeypatch):
+    monkeypatch.setattr(onednn, "SUMMED", summed)
+    x = ops.cast(3 + RNG.standard_normal((2, 60, 4, 8), dtype="f"), dtype)
+    scale, shift = (ops.cast(RNG.standard_normal((2, 1, 4, 8)), "float32") for _ in range(2))
+
+    def normalized(by):
+        with tf.GradientTape() as tape:
+            tape.watch([x, scale, shift])
+            mean, variance = by.moments(x)
+            y = by.affine(x, scale * variance, shift - mean)
+            value = ops.sum(ops.sin(ops.cast(y, "float32")))
+        return [mean, variance, y, *tape.gradient(value, [x, scale, shift])]
+
+    assert compile_module.backend().fused(x) is onednn
+    expected = normalized(compile_module._Plain)
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    for found in (normalized(onednn), compiler()(lambda: normalized(onednn))()):
+        for value, other in zip(found, expected, strict=True):
+            assert value.dtype == other.dtype
+            value, other = (np.asarray(ops.cast(v, "float32")) for v in (value, other))
+            np.testing.assert_allclose(value, other, rtol=0, atol=16 * eps * np.abs(other).max())
+
+
+def test_onednn_is_for_a_few_pictures_of_known_sizes():
+    fused = compile_module.backend().fused
+    assert fused(tf.zeros((8, 3, 2))) is onednn
+    assert fused(tf.zeros((9, 3, 2))) is compile_module._Plain
+    said = []
+
+    def ask(x):
+        said.append(fused(x))
+        return x
+
+    tf.function(ask).get_concrete_function(tf.TensorSpec((None, 3, 2)))
+    compiler(jit=True)(ask)(tf.zeros((1, 3, 2)))
+    assert said == [compile_module._Plain] * 2
+
+
 @pytest.fixture
 def rooted():
     """A function that is traced once, and the shapes that it was traced for."""
@@ -302,6 +343,7 @@ def test_blocks_of_one_size_share_the_traces_of_norms_and_attention(tiny_model):
     specs = [tf.TensorSpec(s) for s in ((1, 8, 8, 4), (1,), (1, 77, 32))]
     graph = tf.function(lambda *x: unet(x)).get_concrete_function(*specs).graph
     calls = [op.get_attr("f").name for op in graph.get_operations() if "Partitioned" in op.type]
+    calls = [name for name in calls if "as_product" not in name]
     kinds = (DotProductAttention, GroupNormalization, LayerNormalization)
     assert len(calls) == sum(isinstance(layer, kinds) for layer in unet.layers)
     assert len(set(calls)) < len(calls) / 2

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+FEW = 8  # pictures, of which each is normalized by itself: of more, all are at once
+
 
 def backend():
     """Returns what is known of the Keras backend in use.
@@ -74,6 +76,16 @@ def softmax(x):
     return backend().softmax(x)
 
 
+def moments(x):
+    """Of x (B, N, ...) over N: the means and the variances (B, 1, ...), in float32."""
+    return backend().moments(x)
+
+
+def affine(x, scale, shift):
+    """x (B, N, ...) * scale + shift, each (B, 1, ...) in float32, rounded once to x's type."""
+    return backend().affine(x, scale, shift)
+
+
 def traced_once(function):
     """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
 
@@ -107,8 +119,20 @@ def training_step(loss, variables, optimizer, jit=False, frozen=()):
     return backend().training_step(loss, variables, optimizer, jit, frozen)
 
 
-def _softmax(x):
-    return keras.ops.cast(keras.ops.softmax(keras.ops.cast(x, "float32")), x.dtype)
+class _Plain:
+    """What any backend computes, in `keras.ops`."""
+
+    @staticmethod
+    def softmax(x):
+        return keras.ops.cast(keras.ops.softmax(keras.ops.cast(x, "float32")), x.dtype)
+
+    @staticmethod
+    def moments(x):
+        return keras.ops.moments(keras.ops.cast(x, "float32"), axes=[1], keepdims=True)
+
+    @staticmethod
+    def affine(x, scale, shift):
+        return keras.ops.cast(keras.ops.cast(x, "float32") * scale + shift, x.dtype)
 
 
 class _TensorFlow:
@@ -116,7 +140,23 @@ class _TensorFlow:
     def softmax(x):
         """Without casts where TensorFlow's own rounds once: two passes less over what is large."""
         once = not _TensorFlow.in_xla() and _TensorFlow.rounds_softmax_once(x.dtype)
-        return keras.ops.softmax(x) if once else _softmax(x)
+        return keras.ops.softmax(x) if once else _Plain.softmax(x)
+
+    @staticmethod
+    def moments(x):
+        return _TensorFlow.fused(x).moments(x)
+
+    @staticmethod
+    def affine(x, scale, shift):
+        return _TensorFlow.fused(x).affine(x, scale, shift)
+
+    @staticmethod
+    def fused(x):
+        """Who computes what is said of each of x's pictures: of a few that are known, oneDNN."""
+        known = None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn()
+        if known and x.shape[0] <= FEW:
+            return import_module(f"{__name__}.onednn")
+        return _Plain
 
     @staticmethod
     def in_xla():
@@ -134,7 +174,7 @@ class _TensorFlow:
 
         with tf.init_scope():
             x = tf.cast(tf.random.stateless_normal((8, 512), (0, 0)), dtype)
-            return bool(tf.reduce_all(tf.nn.softmax(x) == _softmax(x)))
+            return bool(tf.reduce_all(tf.nn.softmax(x) == _Plain.softmax(x)))
 
     @staticmethod
     @cache
@@ -162,7 +202,10 @@ class _TensorFlow:
     def traced_once(function):
         import tensorflow as tf
 
-        traced = tf.function(function, autograph=False)
+        # Called, not copied into its callers: a graph takes more than twice the time to optimize if
+        # it is twice the size.
+        called = {"_noinline": True}
+        traced = tf.function(function, autograph=False, experimental_attributes=called)
 
         @wraps(function)
         def call(*args):
@@ -191,9 +234,7 @@ class _TensorFlow:
         return step
 
 
-class _Jax:
-    softmax = staticmethod(_softmax)
-
+class _Jax(_Plain):
     @staticmethod
     def from_numpy(array):
         return keras.ops.convert_to_tensor(array)
