@@ -247,8 +247,8 @@ for dtype in ("float32", "bfloat16", "float16"):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_onednn_finds_the_moments_and_gradients_of_any_backend(dtype, summed, monkeypatch):
     monkeypatch.setattr(onednn, "SUMMED", summed)
-    x = ops.cast(3 + RNG.standard_normal((2, 60, 4, 8), dtype="f"), dtype)
-    scale, shift = (ops.cast(RNG.standard_normal((2, 1, 4, 8)), "float32") for _ in range(2))
+    x = ops.cast(3 + RNG.standard_normal((1, 60, 4, 8), dtype="f"), dtype)
+    scale, shift = (ops.cast(RNG.standard_normal((1, 1, 4, 8)), "float32") for _ in range(2))
 
     def normalized(by):
         with tf.GradientTape() as tape:
@@ -268,17 +268,17 @@ def test_onednn_finds_the_moments_and_gradients_of_any_backend(dtype, summed, mo
             np.testing.assert_allclose(value, other, rtol=0, atol=16 * eps * np.abs(other).max())
 
 
-def test_onednn_is_for_a_few_pictures_of_known_sizes():
+def test_onednn_is_for_a_single_picture_of_known_size():
     fused = compile_module.backend().fused
-    assert fused(tf.zeros((8, 3, 2))) is onednn
-    assert fused(tf.zeros((9, 3, 2))) is compile_module._Plain
+    assert fused(tf.zeros((1, 3, 2))) is onednn
+    assert fused(tf.zeros((2, 3, 2))) is compile_module._Plain
     said = []
 
     def ask(x):
         said.append(fused(x))
         return x
 
-    tf.function(ask).get_concrete_function(tf.TensorSpec((None, 3, 2)))
+    tf.function(ask).get_concrete_function(tf.TensorSpec((1, None, 2)))
     compiler(jit=True)(ask)(tf.zeros((1, 3, 2)))
     assert said == [compile_module._Plain] * 2
 

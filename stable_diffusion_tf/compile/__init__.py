@@ -12,8 +12,6 @@ from importlib.util import find_spec
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-FEW = 8  # pictures, of which each is normalized by itself: of more, all are at once
-
 
 def backend():
     """Returns what is known of the Keras backend in use.
@@ -152,9 +150,9 @@ class _TensorFlow:
 
     @staticmethod
     def fused(x):
-        """Who computes what is said of each of x's pictures: of a few that are known, oneDNN."""
-        known = None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn()
-        if known and x.shape[0] <= FEW:
+        """Who computes what is asked of x: of a single picture of known size, oneDNN."""
+        single = None not in x.shape and x.shape[0] == 1
+        if single and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn():
             return import_module(f"{__name__}.onednn")
         return _Plain
 
