@@ -12,12 +12,13 @@ import pytest
 import synth
 import tensorflow as tf
 from keras import ops
+from tensorflow.python.eager import context  # no public name tells what a graph became
 from tiny import TINY, write_folder
 
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
-from stable_diffusion_tf.compile import compiler, onednn, openvino, traced_once
+from stable_diffusion_tf.compile import compiler, onednn, openvino, traced_once, uses_onednn
 from stable_diffusion_tf.models.layers import (
     DotProductAttention,
     GroupNormalization,
@@ -243,8 +244,11 @@ for dtype in ("float32", "bfloat16", "float16"):
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("summed", [2**17, 20])  # in one piece, and in 3
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+with_onednn = pytest.mark.skipif(not uses_onednn(), reason="TensorFlow has no oneDNN here")
+
+
+@pytest.mark.parametrize("summed", [2**17, 9, 1])  # of 60, in 1, 10 and 60 parts
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_onednn_finds_the_moments_and_gradients_of_any_backend(dtype, summed, monkeypatch):
     monkeypatch.setattr(onednn, "SUMMED", summed)
     x = ops.cast(3 + RNG.standard_normal((1, 60, 4, 8), dtype="f"), dtype)
@@ -258,29 +262,51 @@ def test_onednn_finds_the_moments_and_gradients_of_any_backend(dtype, summed, mo
             value = ops.sum(ops.sin(ops.cast(y, "float32")))
         return [mean, variance, y, *tape.gradient(value, [x, scale, shift])]
 
-    assert compile_module.backend().fused(x) is onednn
     expected = normalized(compile_module._Plain)
-    eps = float(ml_dtypes.finfo(dtype).eps)
     for found in (normalized(onednn), compiler()(lambda: normalized(onednn))()):
-        for value, other in zip(found, expected, strict=True):
+        for i, (value, other) in enumerate(zip(found, expected, strict=True)):
             assert value.dtype == other.dtype
+            eps = float(ml_dtypes.finfo(dtype if i > 1 else "float32").eps)
             value, other = (np.asarray(ops.cast(v, "float32")) for v in (value, other))
             np.testing.assert_allclose(value, other, rtol=0, atol=16 * eps * np.abs(other).max())
 
 
-def test_onednn_is_for_a_single_picture_of_known_size():
-    fused = compile_module.backend().fused
-    assert fused(tf.zeros((1, 3, 2))) is onednn
-    assert fused(tf.zeros((2, 3, 2))) is compile_module._Plain
-    said = []
+@with_onednn
+@pytest.mark.parametrize(
+    "shape, dtype, jit, count",
+    [
+        ((1, 4, 4, 8), "float32", False, 2),
+        ((1, 4, 4, 8), "bfloat16", False, 2),
+        ((1, 4, 4, 8), "float16", False, 0),
+        ((1, 4, 4, 8), "float64", False, 0),
+        ((1, 4, 4, 8), "float32", True, 0),
+        ((2, 4, 4, 8), "float32", False, 0),
+        ((1, None, 4, 8), "float32", False, 0),
+    ],
+)
+def test_onednn_normalizes_a_single_picture_of_known_size(shape, dtype, jit, count):
+    norm = GroupNormalization(2, dtype=dtype)
+    norm.build(shape)
+    function = tf.function(lambda x: norm(x), jit_compile=jit, autograph=False)
+    graph = function.get_concrete_function(tf.TensorSpec(shape, dtype)).graph.as_graph_def()
+    nodes = [*graph.node, *(node for called in graph.library.function for node in called.node_def)]
+    assert [node.op for node in nodes].count("FusedBatchNormV3") == count
 
-    def ask(x):
-        said.append(fused(x))
-        return x
 
-    tf.function(ask).get_concrete_function(tf.TensorSpec((1, None, 2)))
-    compiler(jit=True)(ask)(tf.zeros((1, 3, 2)))
-    assert said == [compile_module._Plain] * 2
+@with_onednn
+def test_what_is_traced_once_is_called_and_fused_with_what_follows():
+    norm = GroupNormalization(2)
+    norm.build((1, 4, 4, 8))
+    function = tf.function(lambda x: ops.silu(norm(x)), autograph=False)
+    x = tf.zeros((1, 4, 4, 8))
+    function.get_concrete_function(x)
+    context.enable_run_metadata()
+    function(x)
+    run = context.export_run_metadata().function_graphs
+    context.disable_run_metadata()
+    found = [[node.op for node in graph.post_optimization_graph.node] for graph in run]
+    assert any({"StatefulPartitionedCall", "PartitionedCall"} & {*graph} for graph in found)
+    assert any("_MklSwish" in graph for graph in found)
 
 
 @pytest.fixture

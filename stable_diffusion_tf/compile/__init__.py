@@ -1,7 +1,7 @@
 """The only place that knows Keras's backends: how each compiles, differentiates, takes an array.
 
 Everything else is written in `keras.ops` and `keras.layers`. What TensorFlow has traced, an engine
-may run: each is a module here, named after the package that it needs.
+may run: each is a module here, named after the package that it needs. `onednn` is TensorFlow's own.
 """
 
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def training_step(loss, variables, optimizer, jit=False, frozen=()):
 
 
 class _Plain:
-    """What any backend computes, in `keras.ops`."""
+    """What any backend computes, in `keras.ops`; the engine `openvino` knows group norms by it."""
 
     @staticmethod
     def softmax(x):
@@ -151,7 +151,7 @@ class _TensorFlow:
     @staticmethod
     def fused(x):
         """Who computes what is asked of x: of a single picture of known size, oneDNN."""
-        single = None not in x.shape and x.shape[0] == 1
+        single = None not in x.shape and x.shape[0] == 1 and x.dtype in ("float32", "bfloat16")
         if single and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn():
             return import_module(f"{__name__}.onednn")
         return _Plain
@@ -211,7 +211,10 @@ class _TensorFlow:
             # one for XLA what is not for it.
             unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))
             flat = tf.executing_eagerly() or in_stateless_scope() or unknown or _TensorFlow.in_xla()
-            return (function if flat else traced)(*args)
+            if flat:
+                return function(*args)
+            # Whose result's shape the optimizer does not know, it fuses nothing with.
+            return tf.nest.map_structure(lambda y: tf.ensure_shape(y, y.shape), traced(*args))
 
         return call
 
