@@ -150,10 +150,11 @@ class _TensorFlow:
 
     @staticmethod
     def fused(x):
-        """Who computes what is asked of x: of a single picture of known size, oneDNN."""
-        single = None not in x.shape and x.shape[0] == 1 and x.dtype in ("float32", "bfloat16")
-        if single and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn():
-            return import_module(f"{__name__}.onednn")
+        """Who computes what is asked of x: of a picture or two of known size, oneDNN."""
+        if None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn():
+            onednn = import_module(f"{__name__}.onednn")
+            if x.shape[0] <= onednn.PICTURES.get(keras.backend.standardize_dtype(x.dtype), 0):
+                return onednn
         return _Plain
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What TensorFlow's oneDNN computes of a single picture, in half the time.
+"""What TensorFlow's oneDNN computes of pictures one by one, in half the time.
 
 A channel's batch normalization (Ioffe and Szegedy 2015, arXiv:1502.03167) of one picture takes its
 moments, and is an affine map of it, in float32 also where the picture is in bfloat16. The names are
@@ -9,6 +9,8 @@ import math
 
 import tensorflow as tf
 
+# Types, and up to how many pictures this is faster for; each makes the graph larger.
+PICTURES = {"float32": 1, "bfloat16": 2}
 SUMMED = 2**17  # values in a row, at most: float32's sums of more are off by 1e-5
 
 
@@ -16,11 +18,14 @@ SUMMED = 2**17  # values in a row, at most: float32's sums of more are off by 1e
 def moments(x):
     _, count, *shape = x.shape
     parts = next(n for n in range(math.ceil(count / SUMMED), count + 1) if count % n == 0)
-    channels = parts * math.prod(shape)  # each part of the picture has its own
-    split = tf.reshape(x, (1, 1, count // parts, channels))
+    channels = parts * math.prod(shape)  # each part of a picture has its own
     one, zero = tf.ones(channels), tf.zeros(channels)
-    y = batch_norm(split, one, zero, mean=[], variance=[], is_training=True)
-    means, variances = (tf.reshape(m, (1, parts, *shape)) for m in (y.batch_mean, y.batch_variance))
+    found = [
+        batch_norm(picture, one, zero, mean=[], variance=[], is_training=True)
+        for picture in tf.unstack(tf.reshape(x, (-1, 1, count // parts, 1, channels)))
+    ]
+    means = tf.reshape(tf.stack([y.batch_mean for y in found]), (-1, parts, *shape))
+    variances = tf.reshape(tf.stack([y.batch_variance for y in found]), (-1, parts, *shape))
     variances *= 1 - parts / count  # it takes a picture for a sample
     mean = tf.reduce_mean(means, 1, keepdims=True)
     variance = tf.reduce_mean(variances + tf.square(means - mean), 1, keepdims=True)
@@ -33,13 +38,18 @@ def moments(x):
 
 
 def affine(x, scale, shift):
-    one, zero = tf.ones(tf.size(scale)), tf.zeros(tf.size(scale))
-    flat = tf.reshape(x, (1, 1, x.shape[1], -1))
-    scale, shift = (tf.reshape(y, (-1,)) for y in (scale, shift))
-    y = batch_norm(flat, scale, shift, mean=zero, variance=one, is_training=False).y
-    return tf.reshape(y, x.shape)
+    batch, count, *shape = x.shape
+    channels = math.prod(shape)
+    pictures = tf.unstack(tf.reshape(x, (batch, 1, count, 1, channels)))
+    scales, shifts = (tf.unstack(tf.reshape(y, (batch, channels))) for y in (scale, shift))
+    one, zero = tf.ones(channels), tf.zeros(channels)
+    found = [
+        batch_norm(*each, mean=zero, variance=one, is_training=False).y
+        for each in zip(pictures, scales, shifts, strict=True)
+    ]
+    return tf.reshape(tf.concat(found, 0), x.shape)
 
 
 def batch_norm(x, scale, shift, **settings):
-    """x (1, 1, N, C) -> the operation's outputs, by name."""
+    """x (1, N, 1, C) -> the operation's outputs, by name."""
     return tf.raw_ops.FusedBatchNormV3(x=x, scale=scale, offset=shift, epsilon=0, **settings)
