@@ -104,6 +104,13 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
     help="Of diffusion. On a processor without AVX-512 BF16 or AMX, float32 is the faster.",
 )
+@click.option(
+    "--rate",
+    default=1e-3,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Learning rate of diffusion; a lower one unsettles less of a model that is gone on from.",
+)
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
 @click.option(
     "--shift",
@@ -117,6 +124,14 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     type=click.FloatRange(0, min_open=True),
     metavar="GAMMA",
     help="Weigh timesteps by their signal-to-noise ratio, up to GAMMA (arXiv:2303.09556: 5).",
+)
+@click.option(
+    "--scales",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 5),
+    help="Weigh errors of 2x2, 4x4, ... means of the latents too, at so many scales in all: they "
+    "are the colours of areas (arXiv:2301.11093).",
 )
 @click.option(
     "--flip/--no-flip", default=False, help="Mirrored artworks too, where captions stay true."
@@ -142,9 +157,11 @@ def main(
     decoder_steps,
     adversary_weight,
     dtype,
+    rate,
     norm,
     shift,
     min_snr,
+    scales,
     flip,
     jit,
     start,
@@ -181,9 +198,11 @@ def main(
         latents,
         captions,
         dtype=dtype,
+        rate=rate,
         norm=norm,
         shift=shift,
         min_snr=min_snr,
+        scales=scales,
         steps=steps,
         seed=seed,
         folder=runs / "diffusion",
@@ -275,9 +294,11 @@ def train_diffusion(
     captions,
     *,
     dtype,
+    rate,
     norm,
     shift,
     min_snr,
+    scales,
     steps,
     seed,
     folder,
@@ -295,19 +316,21 @@ def train_diffusion(
         save_preview(pictures, folder, step, columns=8)
 
     train(
-        diffusion_loss(models.text_encoder, models.unet, prediction, norm, min_snr),
+        diffusion_loss(models.text_encoder, models.unet, prediction, norm, min_snr, scales),
         emoji_batches(models, latents, captions, batch_size, seed, shift),
         [models.text_encoder, models.unet],
         # Longer averages lag behind a run of few passes; the falling rate averages enough.
-        muon(1e-3, steps, ema_momentum=0.99, loss_scaling=dtype == "mixed_float16", warmup=WARMUP),
+        muon(rate, steps, ema_momentum=0.99, loss_scaling=dtype == "mixed_float16", warmup=WARMUP),
         steps=steps,
         folder=folder,
         recipe={
             "dtype": dtype,
+            "rate": rate,
             "norm": norm,
             "batch_size": batch_size,
             "shift": shift,
             "min_snr": min_snr,
+            "scales": scales,
             "seed": seed,
             "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
         },

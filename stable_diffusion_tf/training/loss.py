@@ -6,6 +6,7 @@ from stable_diffusion_tf.diffusion.denoiser import add_noise, predicted_x0, targ
 from stable_diffusion_tf.diffusion.schedule import Step
 
 NORMS = {"l2": ops.square, "l1": ops.abs}
+WHITE = {"l2": 4, "l1": 2}  # how many times the norm of white noise is that of its 2x2 means
 
 
 def autoencoder_loss(encoder, decoder, kl_weight=1e-6, edge_weight=1.0):
@@ -63,7 +64,7 @@ def differences(images):
     return images[:, 1:] - images[:, :-1], images[:, :, 1:] - images[:, :, :-1]
 
 
-def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None):
+def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None, scales=1):
     """Returns `loss(latents, noise, timesteps, alpha, sigma, token_ids)`.
 
     The denoising objective of DDPM (arXiv:2006.11239, eq. 14) conditioned on text as in latent
@@ -72,9 +73,21 @@ def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None):
 
     latents, noise (B, h, w, channels); timesteps (B,); alpha, sigma (B, 1, 1, 1);
     token_ids (B, N). `prediction` is "epsilon" or "v"; `norm` is "l2" or "l1"; `min_snr` is the
-    gamma of `min_snr_weight`, without which all timesteps weigh alike.
+    gamma of `min_snr_weight`, without which all timesteps weigh alike. With `scales` above 1 it is
+    the mean of the losses of single latents and of 2x2, 4x4, ... means, so weighed that white noise
+    costs alike at each of so many scales: means are the colours of areas, and among all values few
+    (after the multiscale loss of Hoogeboom et al. 2023, arXiv:2301.11093). Latents must have
+    `2**(scales - 1)` a side, or more.
     """
-    error = NORMS[norm]
+
+    def error(difference):  # (B, h, w, channels) -> (B, 1, 1, 1)
+        total = 0.0
+        for scale in range(scales):
+            if scale:
+                difference = ops.average_pool(difference, 2)
+            values = NORMS[norm](difference)
+            total += WHITE[norm] ** scale * ops.mean(values, axis=(1, 2, 3), keepdims=True)
+        return total / scales
 
     def loss(latents, noise, timesteps, alpha, sigma, token_ids):
         step = Step(timesteps, alpha, sigma)

@@ -37,6 +37,28 @@ def test_norms_of_a_constant_error():
     assert loss_of("epsilon", "l2", NOISE + 0.5) == pytest.approx(0.25, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("norm", "even", "uneven"), [("l1", (1 + 2 + 4) / 3 * 0.5, 0.5 / 3), ("l2", 7 * 0.25, 0.25 / 3)]
+)
+def test_scales_weigh_what_areas_have_in_common(norm, even, uneven):
+    checks = 1 - 2 * (np.indices((4, 4)).sum(0) % 2)[..., None]  # whose means over 2x2 are 0
+    assert loss_of("v", norm, V + 0.5, scales=3) == pytest.approx(even, rel=1e-5)
+    assert loss_of("v", norm, V + 0.5 * checks, scales=3) == pytest.approx(uneven, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_white_noise_counts_alike_at_every_scale(norm):
+    white = np.random.default_rng(1).standard_normal((8, 32, 32, 4), dtype=np.float32)
+    latents, noise = np.zeros((2, *white.shape), np.float32)
+    alone, several = (
+        diffusion_loss(
+            lambda ids: ids, lambda x: ops.convert_to_tensor(white), "epsilon", norm, scales=scales
+        )(latents, noise, np.zeros(8), np.float32(0.6), np.float32(0.8), IDS)
+        for scales in (1, 4)
+    )
+    assert float(several) == pytest.approx(float(alone), rel=0.05)
+
+
 @pytest.mark.parametrize(("prediction", "right"), [("epsilon", NOISE), ("v", V)])
 @pytest.mark.parametrize("gamma", [0.25, 5.0])  # SNR is 0.5625, between them
 def test_min_snr_weighs_the_error_of_x0(prediction, right, gamma):
