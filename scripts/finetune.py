@@ -15,7 +15,7 @@ folder, under TARGET's name.
 """
 
 import zlib
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 
 import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
@@ -30,11 +30,9 @@ from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import Models, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
 from stable_diffusion_tf.cli import errors_in_one_line
-from stable_diffusion_tf.images import contact_sheet, save_png
 from stable_diffusion_tf.pipeline import StableDiffusion
-from stable_diffusion_tf.tokenizer import Tokenizer
-from stable_diffusion_tf.training.data import captions, noisy_batches, posterior, square
-from stable_diffusion_tf.training.loop import train
+from stable_diffusion_tf.training.data import captions, noisy_batches, posterior, square, tokenizer
+from stable_diffusion_tf.training.loop import save_preview, train
 from stable_diffusion_tf.training.lora import enable_lora
 from stable_diffusion_tf.training.loss import diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw
@@ -115,7 +113,7 @@ def read(folder, config, batch_size):
             "more, or a smaller --batch-size"
         )
     for path, text in captioned.items():
-        tokenizer(config)([text], name=str(path.with_suffix(".txt")))
+        tokenizer(config.text_encoder)([text], name=str(path.with_suffix(".txt")))
     paths = tqdm(captioned, "Reading the pictures", unit="picture")
     return np.stack([square(path, config.image_size) for path in paths]), list(captioned.values())
 
@@ -135,9 +133,7 @@ def finetune(models, images, texts, recipe, steps, folder):
 
     def preview(step):
         drawn = sd.generate(prompts, seed=0, emphasis=False, progress=False)
-        path = folder / f"preview{step:06d}.png"
-        path.unlink(missing_ok=True)  # a resumed run draws some of them again
-        save_png(contact_sheet(drawn, labels=prompts), path)
+        save_preview(drawn, folder, step, labels=prompts)
 
     train(
         diffusion_loss(models.text_encoder, models.unet, models.config.schedule.prediction),
@@ -145,7 +141,7 @@ def finetune(models, images, texts, recipe, steps, folder):
             mean,
             deviation,
             lambda i, rng: texts[i],
-            tokenizer(models.config),
+            tokenizer(models.config.text_encoder),
             models.config.schedule,
             batch_size=recipe["batch_size"],
             seed=recipe["seed"],
@@ -164,12 +160,6 @@ def finetune(models, images, texts, recipe, steps, folder):
         save_every=200,
         preview=preview,
     )
-
-
-def tokenizer(config):
-    """Returns `tokenize(texts)`, as the model reads them."""
-    text = config.text_encoder
-    return partial(Tokenizer().tokenize, max_length=text.max_length, pad_token=text.pad_token)
 
 
 def checksum(parts):

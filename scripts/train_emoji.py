@@ -31,14 +31,11 @@ from stable_diffusion_tf.config import (
     UNetConfig,
 )
 from stable_diffusion_tf.images import (
-    contact_sheet,
-    save_png,
     signed_to_unit,
     unit_to_uint8,
 )
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 from stable_diffusion_tf.pipeline import StableDiffusion
-from stable_diffusion_tf.tokenizer import Tokenizer
 from stable_diffusion_tf.training.adversary import Discriminator, adversary
 from stable_diffusion_tf.training.data import (
     NOISE,
@@ -47,8 +44,9 @@ from stable_diffusion_tf.training.data import (
     random,
     shuffled,
     signed,
+    tokenizer,
 )
-from stable_diffusion_tf.training.loop import train
+from stable_diffusion_tf.training.loop import save_preview, train
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw, muon
 
@@ -397,11 +395,10 @@ def train_decoder(
 
 def emoji_batches(models, latents, captions, batch_size, seed, shift):
     """`noisy_batches` of the artworks that have the Gaussians `latents`."""
-    text = models.config.text_encoder
     return noisy_batches(
         *latents,
         lambda i, rng: emoji_data.captions(captions[i], rng),
-        lambda texts: Tokenizer().tokenize(texts, text.max_length, text.pad_token),
+        tokenizer(models.config.text_encoder),
         models.config.schedule,
         batch_size=batch_size,
         seed=seed,
@@ -412,13 +409,6 @@ def emoji_batches(models, latents, captions, batch_size, seed, shift):
 def spread(items, count):
     """`count` of the items from all over them, or all where there are fewer."""
     return items[:: max(1, len(items) // count)][:count]
-
-
-def save_preview(images, folder, step, columns):
-    """Replaces the sheet of this step: a resumed run draws some of them again."""
-    path = folder / f"preview{step:06d}.png"
-    path.unlink(missing_ok=True)
-    save_png(contact_sheet(images, columns), path)
 
 
 if __name__ == "__main__":

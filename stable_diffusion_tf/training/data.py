@@ -5,11 +5,12 @@ So a run that goes on from a save needs no state of a generator or of a data rea
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from stable_diffusion_tf.config import ScheduleConfig
+from stable_diffusion_tf.config import ScheduleConfig, TextEncoderConfig
 from stable_diffusion_tf.diffusion.schedule import alphas_cumprod
 from stable_diffusion_tf.images import (
     SUFFIXES,
@@ -20,6 +21,7 @@ from stable_diffusion_tf.images import (
     unit_to_signed,
     unit_to_uint8,
 )
+from stable_diffusion_tf.tokenizer import Tokenizer
 
 
 def random(seed: int, *counters: int) -> np.random.Generator:
@@ -94,6 +96,12 @@ def noisy_batches(
         )
 
     return batch
+
+
+def tokenizer(config: TextEncoderConfig) -> Callable[..., np.ndarray]:
+    """Returns `tokenize(texts)`, as of `Tokenizer.tokenize`, for a text encoder of `config`."""
+    pad = config.pad_token
+    return partial(Tokenizer().tokenize, max_length=config.max_length, pad_token=pad)
 
 
 def captions(folder: str | os.PathLike) -> dict[Path, str]:

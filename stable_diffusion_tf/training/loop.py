@@ -19,6 +19,7 @@ from tqdm import trange
 
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.files import atomic_path, settle
+from stable_diffusion_tf.images import contact_sheet, save_png
 from stable_diffusion_tf.training.ema import averaged, take_average, values
 from stable_diffusion_tf.training.optimizer import decaying
 
@@ -102,6 +103,16 @@ def train(
                 with averaged(optimizer, variables):
                     preview(done)
     take_average(optimizer, variables)
+
+
+def save_preview(images: np.ndarray, folder: Path, step: int, **layout: Any) -> None:
+    """Writes pictures on one sheet, laid out as of `contact_sheet`, as `preview<step>.png`.
+
+    It takes the place of an earlier one: a run that goes on from a save draws some again.
+    """
+    path = folder / f"preview{step:06d}.png"
+    path.unlink(missing_ok=True)
+    save_png(contact_sheet(images, **layout), path)
 
 
 class Saves:
