@@ -1,8 +1,9 @@
 """Fine-tunes SOURCE on a folder of captioned PICTURES and saves it as TARGET, a folder to load.
 
 SOURCE is a preset, a folder, a file or a repository on a hub, whatever `sdtf generate --weights`
-takes. PICTURES has a caption beside each picture: of fox.jpg, in fox.txt. The middle square of each
-is scaled to the model's size. TARGET is new, in the diffusers layout, in float32.
+takes; --vae and --prediction are as there. PICTURES has a caption beside each picture: of fox.jpg,
+in fox.txt. The middle square of each is scaled to the model's size. TARGET is new, in the diffusers
+layout, in float32.
 
 The UNet is trained, all of it or, with --lora-rank, small additions to its attentions; the text
 encoder and the autoencoder stay as they are. Kill it at any moment and run it again: it goes on
@@ -14,8 +15,7 @@ folder, under TARGET's name.
   sdtf generate "what a caption says" --weights my-emoji
 """
 
-import zlib
-from functools import reduce
+from dataclasses import replace
 from pathlib import Path
 
 import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
@@ -29,10 +29,10 @@ from tqdm import tqdm
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import Models, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.cli import errors_in_one_line
+from stable_diffusion_tf.cli import PREDICTION, VAE, errors_in_one_line
 from stable_diffusion_tf.pipeline import StableDiffusion
 from stable_diffusion_tf.training.data import captions, noisy_batches, posterior, square, tokenizer
-from stable_diffusion_tf.training.loop import save_preview, train
+from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train
 from stable_diffusion_tf.training.lora import enable_lora
 from stable_diffusion_tf.training.loss import diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw
@@ -60,7 +60,7 @@ SHOWN = 4  # captions that are drawn at each save
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, 1, min_open=True),
     help="Of learning, at most. [default: 1e-5; with LoRA 1e-4]",
 )
 @click.option(
@@ -76,12 +76,34 @@ SHOWN = 4  # captions that are drawn at each save
     metavar="RANK",
     help="Train additions of this rank only, such as 4 (arXiv:2106.09685): less memory.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of all draws.")
+@VAE
+@PREDICTION
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Of all draws.",
+)
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
-def main(source, pictures, target, steps, batch_size, rate, dtype, lora_rank, seed, runs):
+def main(
+    source,
+    pictures,
+    target,
+    steps,
+    batch_size,
+    rate,
+    dtype,
+    lora_rank,
+    vae,
+    prediction,
+    seed,
+    runs,
+):
     with errors_in_one_line():
         check_target(target, "float32")
-        checkpoint = open_checkpoint(source)
+        check_apart(target, runs / target.name)
+        checkpoint = open_checkpoint(source, vae=vae, prediction=prediction)
         check_target(target, "float32", checkpoint.config)
         if checkpoint.config.unet.inpaints:
             raise ValueError(f"{source}: its UNet is for inpainting, which is not trained here")
@@ -90,7 +112,12 @@ def main(source, pictures, target, steps, batch_size, rate, dtype, lora_rank, se
         autoencoder = load_parts(checkpoint, ("encoder", "decoder"), "float32")
         models = Models(checkpoint.config, **networks, **autoencoder)
         recipe = {
-            "source": checksum(map(np.asarray, models.unet.weights)),
+            "source": checksum(
+                np.asarray(weight)
+                for network in (networks | autoencoder).values()
+                for weight in network.weights
+            ),
+            "config": repr(replace(checkpoint.config, name="")),
             "pictures": checksum([images]),
             "captions": checksum(text.encode() for text in texts),
             "dtype": dtype,
@@ -160,11 +187,6 @@ def finetune(models, images, texts, recipe, steps, folder):
         save_every=200,
         preview=preview,
     )
-
-
-def checksum(parts):
-    """Of bytes and arrays, one after another."""
-    return reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ def curve(steps: np.ndarray, losses: np.ndarray, span: int = 9) -> np.ndarray:
 @click.argument("log", default="runs/diffusion/loss.csv", type=click.Path(exists=True))
 @click.option("--output", default="outputs", show_default=True, type=Path, help="A folder.")
 def main(log: str, output: Path) -> None:
-    steps, losses = np.loadtxt(log, delimiter=",", skiprows=1, unpack=True)
+    rows = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2)
+    if len(rows) < 2:
+        raise click.ClickException(f"{log} has {len(rows)} losses, too few for a curve; train on")
+    steps, losses = rows.T
     print(save_png(curve(steps, losses), free_path(output, "losses")))
 
 

@@ -6,7 +6,6 @@ any moment and run it again: it goes on from its last save. Losses, saves and a 
 so often are in the runs folder.
 """
 
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import Models, load_parts
-from stable_diffusion_tf.checkpoints.save import save
+from stable_diffusion_tf.checkpoints.save import check_target, save
+from stable_diffusion_tf.cli import errors_in_one_line
 from stable_diffusion_tf.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -46,7 +46,7 @@ from stable_diffusion_tf.training.data import (
     signed,
     tokenizer,
 )
-from stable_diffusion_tf.training.loop import save_preview, train
+from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw, muon
 
@@ -106,7 +106,7 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     "--rate",
     default=1e-3,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, 1, min_open=True),
     help="Learning rate of diffusion; a lower one unsettles less of a model that is gone on from.",
 )
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(list(NORMS)))
@@ -144,7 +144,7 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     "--seed",
     default=0,
     show_default=True,
-    type=click.IntRange(0),
+    type=click.IntRange(0, 2**32 - 1),
     help="Of all draws; a new one when going on from a saved model.",
 )
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
@@ -166,8 +166,11 @@ def main(
     seed,
     runs,
 ):
-    if target.exists():
-        raise click.BadParameter(f"{target} exists; name a new folder", param_hint="TARGET")
+    with errors_in_one_line():
+        source = None if start is None else open_checkpoint(start)
+        check_target(target, "float16", EMOJI if source is None else source.config)
+        for stage in ("autoencoder", "diffusion", "decoder"):
+            check_apart(target, runs / stage)
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
     captions = [row for row in rows if row.split == "train"]
@@ -182,12 +185,11 @@ def main(
             f"takes {DIFFUSION_BATCH}, a preview 1. Add more"
         )
 
-    if start is None:
+    if source is None:
         models = new_models(
             images[known], images[~known], autoencoder_steps, dtype, seed, runs, jit
         )
     else:
-        source = open_checkpoint(start)
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
     latents = posterior(models.encoder, shown, models.config.autoencoder.scale)
@@ -263,7 +265,7 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=AUTOE
         recipe={
             "batch_size": batch_size,
             "seed": seed,
-            "pictures": zlib.crc32(np.ascontiguousarray(known)),
+            "pictures": checksum([np.ascontiguousarray(known)]),
         },
         save_every=200,
         preview=rebuilding(encoder, decoder, unknown, folder),
@@ -330,7 +332,9 @@ def train_diffusion(
             "min_snr": min_snr,
             "scales": scales,
             "seed": seed,
-            "latents": zlib.crc32(np.ascontiguousarray(latents[0])),
+            "latents": checksum([np.ascontiguousarray(latents[0])]),
+            "captions": checksum(repr(row).encode() for row in captions),
+            "start": checksum(weights(models.text_encoder, models.unet)),
         },
         save_every=400,
         preview=preview,
@@ -385,7 +389,7 @@ def train_decoder(
             "batch_size": batch_size,
             "seed": seed,
             "adversary_weight": adversary_weight,
-            "unet": zlib.crc32(np.concatenate([w.ravel() for w in models.unet.get_weights()])),
+            "start": checksum(weights(models.text_encoder, models.unet, models.decoder)),
         },
         save_every=200,
         preview=rebuilding(models.encoder, models.decoder, unknown, folder),
@@ -404,6 +408,11 @@ def emoji_batches(models, latents, captions, batch_size, seed, shift):
         seed=seed,
         shift=shift,
     )
+
+
+def weights(*models):
+    """All their arrays, one after another."""
+    return [np.asarray(weight) for model in models for weight in model.weights]
 
 
 def spread(items, count):

@@ -18,6 +18,7 @@ import numpy as np
 
 from stable_diffusion_tf.checkpoints.hub import sha256
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
+from stable_diffusion_tf.files import check_folder
 from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
 from stable_diffusion_tf.repeat import (
     ChangedError,
@@ -294,7 +295,7 @@ def generate(
             )
         if given(context, "input_image_strength") and drawing["input_image"] is None:
             raise ValueError("--strength is how far to leave --image behind; give that too")
-        check_folder(output)
+        check_folder(output, "name another output folder")
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             # In the place of the handler that logging falls back on, which prints warnings.
@@ -560,15 +561,6 @@ def slug(prompt: str) -> str:
     if not stem or re.fullmatch(DEVICES, stem):
         return f"picture-{stem}".rstrip("-")
     return stem
-
-
-def check_folder(folder: Path) -> None:
-    """Raises OSError where pictures could not be written; the folder may still be to be made."""
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{existing} is a file; name another output folder.")
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"{existing} cannot be written to; name another output folder.")
 
 
 @contextmanager

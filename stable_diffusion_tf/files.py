@@ -37,6 +37,20 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path, remedy: str) -> None:
+    """Raises OSError where no files could be written; the folder may still be to be made.
+
+    What is wrong is followed by the `remedy`.
+    """
+    existing = next(path for path in [folder, *folder.absolute().parents] if os.path.lexists(path))
+    if existing.is_symlink() and not existing.exists():
+        raise NotADirectoryError(f"{existing} leads nowhere; {remedy}.")
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; {remedy}.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing} cannot be written to; {remedy}.")
+
+
 def settle(path: Path) -> None:
     """Gives a file the permissions of any new one, whatever made it, and puts it on the disk."""
     new = path.with_name(f"{path.name}.new")

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from stable_diffusion_tf.files import atomic_path
+from stable_diffusion_tf.files import atomic_path, check_folder
 
 
 def private(path):
@@ -68,3 +68,18 @@ def test_what_raises_leaves_nothing(tmp_path):
         temporary.write_text("new")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_may_be_to_be_made_but_not_in_a_file_or_nowhere(tmp_path):
+    (tmp_path / "file").touch()
+    check_folder(tmp_path / "new" / "newer", "")
+    with pytest.raises(NotADirectoryError, match="file is a file; take another"):
+        check_folder(tmp_path / "file" / "folder", "take another")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX links")
+def test_a_link_to_what_is_not_there_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for folder in ("link", "link/folder"):
+        with pytest.raises(NotADirectoryError, match="link leads nowhere; take another"):
+            check_folder(tmp_path / folder, "take another")

@@ -126,6 +126,13 @@ def test_a_run_of_other_captions_or_settings_is_not_gone_on_from(folder, trained
     assert "another model, optimizer or recipe: 2 entries differ, first captions" in result.output
 
 
+def test_a_run_of_another_model_is_not_gone_on_from(folder, trained):
+    shutil.copytree(trained / "runs", folder / "runs")
+    result = run(folder, "--prediction=v")
+    assert result.exit_code == 2
+    assert "another model, optimizer or recipe: 1 entries differ, first config" in result.output
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -144,6 +151,8 @@ def test_a_run_of_other_captions_or_settings_is_not_gone_on_from(folder, trained
         (None, ("--batch-size=4",), "has 3 pictures, too few for a batch of 4"),
         (lambda folder: (folder.parent / "target").mkdir(), (), "target exists. Name another"),
         (None, ("--lora-rank=0",), "0 is not in the range x>=1"),
+        (None, ("--rate=inf",), "inf is not in the range 0<x<=1"),
+        (None, (f"--seed={2**32}",), "is not in the range"),
     ],
 )
 def test_what_is_refused_is_refused_before_any_work(
@@ -162,6 +171,12 @@ def test_what_is_refused_is_refused_before_any_work(
 def test_a_model_that_is_none_or_for_inpainting_is_refused(tiny_inpainting, tmp_path):
     assert "its UNet is for inpainting" in run(tmp_path, source=tiny_inpainting).output
     assert "nowhere" in run(tmp_path, source="nowhere").output
+
+
+def test_a_target_where_the_saves_go_is_refused(tiny_model, tmp_path):
+    for target in ("runs", "runs/target"):
+        result = run(tmp_path, f"--runs={tmp_path / target}/..", source=tiny_model, target=target)
+        assert "is where the run's own saves go" in result.output
 
 
 def test_the_middle_of_a_picture_is_what_is_seen(tmp_path):

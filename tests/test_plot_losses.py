@@ -25,6 +25,12 @@ def test_ticks_are_round_and_hold_all(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
 
 
+def test_a_log_of_one_loss_is_no_curve(tmp_path):
+    (tmp_path / "loss.csv").write_text("step,loss\n50,0.5\n")
+    refused = CliRunner().invoke(main, [str(tmp_path / "loss.csv")])
+    assert refused.exit_code == 1 and "has 1 losses, too few for a curve" in refused.output
+
+
 def test_the_curve_falls_with_the_loss(tmp_path):
     log = tmp_path / "loss.csv"
     log.write_text("step,loss\n" + "".join(f"{50 * i},{1 - i / 40}\n" for i in range(1, 41)))

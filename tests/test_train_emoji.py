@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from emoji_data import Row
 
 from stable_diffusion_tf import StableDiffusion
+from stable_diffusion_tf.checkpoints.load import load
+from stable_diffusion_tf.checkpoints.save import save
 from stable_diffusion_tf.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 
 TINY = replace(
@@ -94,6 +96,51 @@ def test_an_autoencoders_save_is_of_its_seed_and_pictures(artworks, stages, tmp_
     assert first not in others
 
 
+def test_a_save_is_of_the_model_and_the_captions_that_it_began_with(
+    artworks, stages, tmp_path, monkeypatch
+):
+    def recipes(target, start):
+        stages.clear()
+        arguments = [str(tmp_path / target), f"--runs={tmp_path}", f"--start={tmp_path / start}"]
+        CliRunner().invoke(train_emoji.main, arguments, catch_exceptions=False)
+        return [stage.recipe for stage in stages]
+
+    arguments = [str(tmp_path / "first"), f"--runs={tmp_path}"]
+    CliRunner().invoke(train_emoji.main, arguments, catch_exceptions=False)
+    models = load(tmp_path / "first")
+    models.text_encoder.weights[0].assign(models.text_encoder.weights[0] + 1)
+    save(models, tmp_path / "other")
+
+    found = recipes("second", "first")
+    assert recipes("third", "first") == found
+    diffusion, decoder = recipes("fourth", "other")
+    assert diffusion != found[0] and decoder != found[1]
+    rows, images = train_emoji.emoji_data.load(16, tmp_path)
+    rows = [replace(row, label=f"{row.label}!") for row in rows]
+    monkeypatch.setattr(train_emoji.emoji_data, "load", lambda size, cache: (rows, images))
+    assert recipes("fifth", "first")[0] != found[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("model.ckpt", ".ckpt is not written"),
+        ("model.safetensors", "a single file has no config"),
+        ("file/model", "file is a file; name another target"),
+        ("runs", "is where the run's own saves go"),
+        ("runs/decoder", "is where the run's own saves go"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_refused_before_any_work(
+    stages, tmp_path, target, message
+):
+    (tmp_path / "file").touch()
+    arguments = [str(tmp_path / target), f"--runs={tmp_path / 'runs'}"]
+    refused = CliRunner().invoke(train_emoji.main, arguments)
+    assert refused.exit_code == 2 and message in refused.output
+    assert not stages and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("count", "expected"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2]), (7, [0, 2, 4])]
 )
@@ -142,10 +189,10 @@ def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_
     ]
     np.testing.assert_array_equal(*drawn)
     refused = run("first")
-    assert refused.exit_code == 2 and "exists; name a new folder" in refused.output
+    assert refused.exit_code == 2 and "exists. Name another target" in refused.output
 
     shutil.rmtree(tmp_path / "diffusion")
     refused = run("third", "--shift=1")  # the decoder was trained for the network of the first
-    assert "another model, optimizer or recipe: 1 entries differ, first unet" in str(
+    assert "another model, optimizer or recipe: 1 entries differ, first start" in str(
         refused.exception
     )

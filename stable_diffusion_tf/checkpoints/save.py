@@ -20,7 +20,7 @@ from stable_diffusion_tf.checkpoints.layouts import BASES, INPUTS, published
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
 from stable_diffusion_tf.config import SD_1, ModelConfig
-from stable_diffusion_tf.files import atomic_path
+from stable_diffusion_tf.files import atomic_path, check_folder
 from stable_diffusion_tf.tokenizer import vocabulary_files
 
 DTYPES = {
@@ -43,6 +43,7 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> N
 
     Raises:
         FileExistsError: there is something at `target`.
+        OSError: nothing can be written there.
         ValueError: unknown dtype, or kind of file; a single file of a model whose config is no
             published one; a config that would not be read as it is; or a weight is not finite in
             the dtype.
@@ -50,7 +51,7 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> N
     target = Path(target)
     check_target(target, dtype, models.config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write = write_file if target.suffix == FILE else write_folder
+    write = write_file if _is_file(target) else write_folder
     with atomic_path(target) as temporary:
         write(models, temporary, dtype)
 
@@ -70,7 +71,8 @@ def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | No
     target = Path(target)
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists. Name another target, or move it away.")
-    if target.suffix in OTHER_FILES:
+    check_folder(target.parent, "name another target")
+    if target.suffix.lower() in OTHER_FILES:
         raise ValueError(
             f"{target}: {target.suffix} is not written; name a folder, or end in {FILE}."
         )
@@ -78,8 +80,8 @@ def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | No
         raise ValueError(f"Weights are saved as {', '.join(DTYPES)}, not {dtype!r}.")
     if config is None:
         return
-    if target.suffix != FILE:
-        check_folder(target, config)
+    if not _is_file(target):
+        check_config(target, config)
     elif lost := _differences(config, _of_a_file(config)):
         raise ValueError(
             f"{target}: a single file has no config, and is read as a published model. This one "
@@ -87,7 +89,11 @@ def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | No
         )
 
 
-def check_folder(target: Path, config: ModelConfig) -> None:
+def _is_file(target: Path) -> bool:
+    return target.suffix.lower() == FILE
+
+
+def check_config(target: Path, config: ModelConfig) -> None:
     """Raises ValueError where a folder of this config would be read as another, or not at all."""
     with TemporaryDirectory() as name:
         folder = Path(name)

@@ -7,7 +7,9 @@ the weights, the optimizer (with its moving average of the weights) and that num
 import csv
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,23 @@ def save_preview(images: np.ndarray, folder: Path, step: int, **layout: Any) -> 
     path = folder / f"preview{step:06d}.png"
     path.unlink(missing_ok=True)
     save_png(contact_sheet(images, **layout), path)
+
+
+def checksum(parts: Iterable[np.ndarray | bytes]) -> int:
+    """Of arrays and bytes, one after another: what a run was given, for its recipe."""
+    return reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+
+
+def check_apart(target: Path, folder: Path) -> None:
+    """Raises ValueError if what a run writes into `folder` would make `target`, which is to be new.
+
+    Then the trained model could not be saved there.
+    """
+    if Path(folder).resolve().is_relative_to(Path(target).resolve()):
+        raise ValueError(
+            f"{target} is where the run's own saves go, {folder}; name another target, or another "
+            "folder for the runs"
+        )
 
 
 class Saves:
