@@ -1,5 +1,6 @@
 """The command line: arguments in, PNG files out. What is slow to import waits for its use."""
 
+import hashlib
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +26,8 @@ from stable_diffusion_tf.repeat import (
     ChangedError,
     Like,
     changed,
+    check_batch,
+    check_config,
     check_inputs,
     check_network,
     given,
@@ -269,7 +273,7 @@ def generate(
     Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
     The seed and all other settings are stored in the PNG; `sdtf info` prints them, and --like draws
     the picture again, bit for bit with the same machine and versions. What is given beside it, a
-    prompt or settings, counts; the rest is the PNG's.
+    prompt or settings, counts; the rest is the PNG's. An empty value, as in --image "", is none.
 
     \b
     Examples:
@@ -295,6 +299,10 @@ def generate(
             )
         if given(context, "input_image_strength") and drawing["input_image"] is None:
             raise ValueError("--strength is how far to leave --image behind; give that too")
+        for name in ("input_image", "input_mask"):
+            path = drawing[name] and Path(drawing[name])
+            if path and path.exists() and not path.is_file():
+                raise ValueError(f"{name}: {path} is no file; save the picture as one")
         check_folder(output, "name another output folder")
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -306,6 +314,7 @@ def generate(
         wanted = picture_seeds(seed, len(prompts) * batch)
         batches = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
         if repeated:  # and all that were drawn beside it: a picture's last bits depend on them
+            check_batch(like, sd.img_width, sd.img_height)
             wanted, batches = [like.seed], [like.facts["batch_seeds"]]
         if drawing["unconditional_guidance_scale"] is None:
             drawing["unconditional_guidance_scale"] = sd.config.guidance
@@ -352,17 +361,39 @@ def open_model(
     """Returns the model and facts of it, to which its networks' hashes come as they are loaded.
 
     Raises:
-        ChangedError: while it draws: a network is another than it was when `like` was drawn.
+        ChangedError: the model of `like` is not there, or has another config than it had; while it
+            draws: a network is another than it was.
     """
     with quiet_import():
+        import keras
+
         from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
         from stable_diffusion_tf.checkpoints.fit import watched
         from stable_diffusion_tf.pipeline import StableDiffusion
 
     if taken(context, "weights") and is_on_hub(weights):
         click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
-    checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
-    facts = {"version": installed_version(), "model": checkpoint.config.name}
+    try:
+        checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
+    except (ValueError, OSError) as error:
+        if not taken(context, "weights") or given(context, "vae"):
+            raise
+        raise ChangedError(
+            f"{like.path} cannot be drawn again with the model {weights!r} that it names, looked "
+            f"for from this folder: {error} Give one with --weights."
+        ) from error
+    config = repr(replace(checkpoint.config, name=""))
+    facts = {
+        "version": installed_version(),
+        "backend": keras.backend.backend(),
+        "model": checkpoint.config.name,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+    }
+    if like is not None:
+        check_config(context, like, facts)
+        if (then := like.facts.get("backend", facts["backend"])) != facts["backend"]:
+            said = f"{like.path} was drawn on the Keras backend {then}: its last bits may differ."
+            click.echo(printable(said), err=True)
     hashed = cache(sha256)  # for networks that share a file, of gigabytes
 
     def note(part: str, files: list[Path]) -> None:
@@ -602,6 +633,8 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
     """
     try:
         yield
+    except BrokenPipeError:  # who reads what is printed has had enough; click ends it quietly
+        raise
     except (
         ValueError,
         OSError,

@@ -364,11 +364,12 @@ def contact_sheet(
         x, y = GAP + column * cell_width, GAP + row * cell_height
         sheet.paste(Image.fromarray(picture), (x, y))
         if labels:
-            draw.text((x, y + height), _shorten(labels[i], font, width), fill="black", font=font)
+            draw.text((x, y + height), _one_line(labels[i], font, width), fill="black", font=font)
     return np.asarray(sheet)
 
 
-def _shorten(text: str, font: Any, width: int) -> str:
+def _one_line(text: str, font: Any, width: int) -> str:
+    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

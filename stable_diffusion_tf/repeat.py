@@ -24,7 +24,17 @@ class ChangedError(ValueError):
 
 
 class Setting(click.Option):
-    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter."""
+    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter.
+
+    An empty value is none, for options that have no default: a PNG's can be taken back so.
+    """
+
+    def __init__(self, *args: Any, **attributes: Any):
+        super().__init__(*args, **attributes)
+        self.optional = attributes.get("default") is None
+
+    def type_cast_value(self, context: click.Context, value: Any) -> Any:
+        return None if self.optional and value == "" else super().type_cast_value(context, value)
 
 
 setting = partial(click.option, cls=Setting)
@@ -51,8 +61,7 @@ def take_settings(context: click.Context, path: str) -> Like:
         settings, facts = read_settings(text)
         like = Like(path, settings.pop("prompt", None), settings.get("seed"), facts)
         given = {name: str(value) for name, value in settings.items() if value is not None}
-        read = _checked(context, given)
-        _check_batch(like, read.get("size"))
+        _check_facts(like, _checked(context, given))
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}.") from None
     context.default_map = given
@@ -94,6 +103,31 @@ def check_inputs(context: click.Context, like: Like) -> None:
         )
 
 
+def check_config(context: click.Context, like: Like, facts: Mapping[str, Any]) -> None:
+    """Raises ChangedError if the model that its settings name is configured otherwise by now.
+
+    Another version may know more of a config, or name it otherwise.
+    """
+    if any(given(context, name) for name in ("weights", "vae", "prediction")):
+        return
+    then, now = ((one.get("version"), one.get("config_sha256")) for one in (like.facts, facts))
+    if then[0] == now[0] and then[1] not in (None, now[1]):
+        raise ChangedError(
+            f"{like.path} cannot be drawn again: the config of {context.params['weights']} is "
+            f"another now; give a model with {_options(context)['weights'].opts[0]}."
+        )
+
+
+def check_batch(like: Like, width: int, height: int) -> None:
+    """Raises ValueError if it was drawn with more pictures than may be drawn for its sake."""
+    count = len(like.facts["batch_seeds"])
+    if count * width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{like.path} is of {count} pictures of {width}x{height} that were drawn at once, over "
+            f"{MAX_PIXELS:,} pixels; give --seed {like.seed} to draw it alone"
+        )
+
+
 def check_network(context: click.Context, like: Like, part: str, its_hash: str) -> None:
     """Raises ChangedError if a network that its settings name is another by now."""
     autoencoder = part in ("encoder", "decoder")
@@ -131,20 +165,17 @@ def _checked(context: click.Context, given: Mapping[str, str]) -> dict[str, Any]
     return read
 
 
-def _check_batch(like: Like, size: tuple[int, int] | None) -> None:
-    """Raises ValueError if what says which pictures were drawn together is damaged or too much."""
+def _check_facts(like: Like, read: Mapping[str, Any]) -> None:
+    """Raises ValueError if what it takes to draw it is not all there, or the picture too large."""
     seeds = like.facts.get("batch_seeds")
     if not (
         isinstance(like.prompt, str)
-        and size is not None
+        and read.get("size") is not None
         and isinstance(seeds, list)
         and all(type(seed) is int for seed in seeds)
         and like.seed in seeds
     ):
         raise ValueError("the text that says how to draw it is damaged")
-    width, height = size
-    if len(seeds) * width * height > MAX_PIXELS:
-        raise ValueError(
-            f"it asks for {len(seeds)} pictures of {width}x{height} at once, over {MAX_PIXELS:,} "
-            "pixels"
-        )
+    width, height = read["size"]
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it asks for a picture of {width}x{height}, over {MAX_PIXELS:,} pixels")

@@ -7,20 +7,22 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tiny import FILES
+from tiny import FILES, TINY
 
 from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.checkpoints import hub
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
-from stable_diffusion_tf.cli import main, quiet_import, slug
+from stable_diffusion_tf.cli import errors_in_one_line, main, quiet_import, slug
 from stable_diffusion_tf.images import free_path, save_png
 from stable_diffusion_tf.networks import Networks
 from stable_diffusion_tf.repeat import Setting
@@ -120,7 +122,9 @@ def test_the_png_says_how_it_was_drawn(sdtf, tiny_model):
         "engine": None,
         "facts": {
             "version": version("stable-diffusion-tf"),
+            "backend": keras.backend.backend(),
             "model": "tiny",
+            "config_sha256": hashlib.sha256(repr(replace(TINY, name="")).encode()).hexdigest(),
             "text_encoder_sha256": hashes["text_encoder"],
             "unet_sha256": hashes["unet"],
             "decoder_sha256": hashes["vae"],
@@ -486,3 +490,17 @@ def test_a_process_starts_silently_and_keeps_what_is_finished_on_ctrl_c(
     assert out.decode().split() == [str(tmp_path / "a-cat.png")]
     assert os.listdir(tmp_path) == ["a-cat.png"]
     assert pixels(tmp_path / "a-cat.png").shape == (32, 32, 3)  # whole, and all that is there
+
+
+def test_who_has_read_enough_is_no_error():
+    with pytest.raises(BrokenPipeError), errors_in_one_line():
+        raise BrokenPipeError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+@pytest.mark.parametrize("option", ["--image", "--mask"])
+def test_a_pipe_is_no_picture(sdtf, tmp_path, option):
+    os.mkfifo(tmp_path / "pipe")
+    result = sdtf("a cat", option, "pipe")
+    assert result.exit_code == 2
+    assert f"{option}: pipe is no file; save the picture as one" in result.stderr

@@ -384,6 +384,12 @@ def test_contact_sheet_places_pictures_row_by_row(picture):
     assert (sheet[13:18, 15:22] == 255).all()
 
 
+def test_contact_sheet_labels_of_several_lines_have_one():
+    black = np.zeros((1, 64, 64, 3), np.uint8)
+    lines, line = (images.contact_sheet(black, labels=[text]) for text in ("a\n  b", "a b"))
+    np.testing.assert_array_equal(lines, line)
+
+
 def test_contact_sheet_labels_fit_under_their_pictures():
     black = np.zeros((2, 200, 200, 3), np.uint8)
     plain = images.contact_sheet(black, columns=1)

@@ -83,6 +83,14 @@ class TestRepeating:
         )
         np.testing.assert_array_equal(images.load_image(dogs[1]), images.uint8_to_unit(expected[1]))
 
+    def test_what_it_has_can_be_taken_back(self, sdtf, cat):
+        Image.new("RGB", (32, 32), "red").save("photo.png")
+        over = sdtf("a cat", "--image", "photo.png", "--seed", "5", *FAST).stdout.strip()
+        plain = sdtf("a cat", "--seed", "5", *FAST).stdout.strip()
+        again = sdtf("--like", over, "--image", "", "--engine", "", "--quiet", weights=None)
+        assert again.exit_code == 0, again.output
+        assert same(again.stdout.strip(), plain)
+
     def test_another_model_may_be_given(self, sdtf, cat, tiny_folder, tiny_model):
         result = sdtf("--like", cat, "--quiet", weights=tiny_folder)
         assert result.exit_code == 0, result.output
@@ -114,7 +122,7 @@ class TestWhatCannotBeRepeated:
             ({"sampler": "plms"}, "its sampler: 'plms' is not one of 'ddim'"),
             ({"size": "1" * 5000}, "its size: "),
             ({"size": "33x32"}, "img_width must be a multiple of 2"),
-            ({"size": "60000x60000"}, "it asks for 1 pictures of 60000x60000 at once"),
+            ({"size": "60000x60000"}, "it asks for a picture of 60000x60000, over"),
             ({"prompt": 7}, "is damaged"),
             ({"prompt": None}, "is damaged"),
             ({"seed": None}, "is damaged"),
@@ -147,7 +155,10 @@ class TestWhatCannotBeRepeated:
     def test_huge_batches_are_refused(self, sdtf, cat):
         seeds = [made(cat)["seed"] + i for i in range(40_000)]
         result = sdtf("--like", forge(cat, facts={"batch_seeds": seeds}), weights=None)
-        assert "it asks for 40000 pictures of 32x32 at once" in result.stderr
+        assert "is of 40000 pictures of 32x32 that were drawn at once" in result.stderr
+        assert f"give --seed {seeds[0]} to draw it alone" in result.stderr
+        alone = sdtf("--like", "forged.png", "--seed", str(seeds[0]), "--quiet", weights=None)
+        assert alone.exit_code == 0
 
     def test_a_picture_drawn_over_must_be_the_same(self, sdtf):
         Image.new("RGB", (32, 32), "red").save("photo.png")
@@ -189,6 +200,32 @@ class TestWhatCannotBeRepeated:
         )
         given = (option, str(path if another else weights))
         assert sdtf("--like", first, *given, "--quiet", weights=None).exit_code == 0
+
+    def test_a_picture_of_a_model_with_another_config_now(self, sdtf, cat, tiny_folder):
+        first = sdtf("a cat", *FAST, weights=str(tiny_folder)).stdout.strip()
+        assert sdtf("--like", first, "--quiet", weights=None).exit_code == 0
+        file = tiny_folder / "scheduler" / "scheduler_config.json"
+        schedule = json.loads(file.read_text())
+        file.write_text(json.dumps({**schedule, "timestep_spacing": "trailing"}))
+        result = sdtf("--like", first, "--quiet", weights=None)
+        assert result.exit_code == 2
+        assert f"the config of {tiny_folder} is another now" in result.stderr
+        for given in (("--weights", str(tiny_folder)), ("--prediction", "epsilon")):
+            assert sdtf("--like", first, "--quiet", *given, weights=None).exit_code == 0
+        # An older version's config may be told otherwise.
+        older = forge(first, facts={"version": "0.0.1"})
+        assert sdtf("--like", older, "--quiet", weights=None).exit_code == 0
+
+    def test_a_picture_of_another_backend_s(self, sdtf, cat):
+        result = sdtf("--like", forge(cat, facts={"backend": "jax"}), "--quiet", weights=None)
+        assert result.exit_code == 0
+        assert "was drawn on the Keras backend jax: its last bits may differ" in result.stderr
+
+    def test_a_model_is_looked_for_from_here(self, sdtf, cat, monkeypatch):
+        result = sdtf("--like", forge(cat, weights="models/m"), "--quiet", weights=None)
+        assert result.exit_code == 2
+        assert "the model 'models/m' that it names, looked for from this folder" in result.stderr
+        assert result.stderr.rstrip().endswith("Give one with --weights.")
 
     def test_only_networks_that_it_took_are_compared(self, sdtf, cat):
         Image.new("RGB", (32, 32)).save("photo.png")
