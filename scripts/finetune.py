@@ -32,7 +32,7 @@ from stable_diffusion_tf.checkpoints.save import check_target, save
 from stable_diffusion_tf.cli import PREDICTION, VAE, errors_in_one_line
 from stable_diffusion_tf.pipeline import StableDiffusion
 from stable_diffusion_tf.training.data import captions, noisy_batches, posterior, square, tokenizer
-from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train
+from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train, weights
 from stable_diffusion_tf.training.lora import enable_lora
 from stable_diffusion_tf.training.loss import diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw
@@ -112,14 +112,10 @@ def main(
         autoencoder = load_parts(checkpoint, ("encoder", "decoder"), "float32")
         models = Models(checkpoint.config, **networks, **autoencoder)
         recipe = {
-            "source": checksum(
-                np.asarray(weight)
-                for network in (networks | autoencoder).values()
-                for weight in network.weights
-            ),
+            "source": checksum(weights(*networks.values(), *autoencoder.values())),
             "config": repr(replace(checkpoint.config, name="")),
             "pictures": checksum([images]),
-            "captions": checksum(text.encode() for text in texts),
+            "captions": checksum([repr(texts).encode()]),
             "dtype": dtype,
             "batch_size": batch_size,
             "rate": rate or (1e-4 if lora_rank else 1e-5),

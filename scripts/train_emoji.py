@@ -46,7 +46,7 @@ from stable_diffusion_tf.training.data import (
     signed,
     tokenizer,
 )
-from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train
+from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train, weights
 from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
 from stable_diffusion_tf.training.optimizer import adamw, muon
 
@@ -169,8 +169,8 @@ def main(
     with errors_in_one_line():
         source = None if start is None else open_checkpoint(start)
         check_target(target, "float16", EMOJI if source is None else source.config)
-        for stage in ("autoencoder", "diffusion", "decoder"):
-            check_apart(target, runs / stage)
+        for made in ("emoji", "autoencoder", "diffusion", "decoder"):
+            check_apart(target, runs / made)
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
     captions = [row for row in rows if row.split == "train"]
@@ -334,6 +334,7 @@ def train_diffusion(
             "seed": seed,
             "latents": checksum([np.ascontiguousarray(latents[0])]),
             "captions": checksum(repr(row).encode() for row in captions),
+            "config": repr(replace(models.config, name="")),
             "start": checksum(weights(models.text_encoder, models.unet)),
         },
         save_every=400,
@@ -389,6 +390,7 @@ def train_decoder(
             "batch_size": batch_size,
             "seed": seed,
             "adversary_weight": adversary_weight,
+            "config": repr(replace(models.config, name="")),
             "start": checksum(weights(models.text_encoder, models.unet, models.decoder)),
         },
         save_every=200,
@@ -408,11 +410,6 @@ def emoji_batches(models, latents, captions, batch_size, seed, shift):
         seed=seed,
         shift=shift,
     )
-
-
-def weights(*models):
-    """All their arrays, one after another."""
-    return [np.asarray(weight) for model in models for weight in model.weights]
 
 
 def spread(items, count):

@@ -29,6 +29,7 @@ from stable_diffusion_tf.repeat import (
     check_batch,
     check_config,
     check_inputs,
+    check_models,
     check_network,
     given,
     setting,
@@ -273,7 +274,8 @@ def generate(
     Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
     The seed and all other settings are stored in the PNG; `sdtf info` prints them, and --like draws
     the picture again, bit for bit with the same machine and versions. What is given beside it, a
-    prompt or settings, counts; the rest is the PNG's. An empty value, as in --image "", is none.
+    prompt or settings, counts; the rest is the PNG's. An empty value, as in --image "", is the
+    option's default.
 
     \b
     Examples:
@@ -315,6 +317,11 @@ def generate(
         batches = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
         if repeated:  # and all that were drawn beside it: a picture's last bits depend on them
             check_batch(like, sd.img_width, sd.img_height)
+            if not quiet and like.facts.get("backend", facts["backend"]) != facts["backend"]:
+                click.echo(
+                    f"{like.path} was drawn on another Keras backend: last bits may differ.",
+                    err=True,
+                )
             wanted, batches = [like.seed], [like.facts["batch_seeds"]]
         if drawing["unconditional_guidance_scale"] is None:
             drawing["unconditional_guidance_scale"] = sd.config.guidance
@@ -367,21 +374,15 @@ def open_model(
     with quiet_import():
         import keras
 
-        from stable_diffusion_tf.checkpoints.catalog import is_on_hub, open_checkpoint
+        from stable_diffusion_tf.checkpoints.catalog import PRESETS, is_on_hub, open_checkpoint
         from stable_diffusion_tf.checkpoints.fit import watched
         from stable_diffusion_tf.pipeline import StableDiffusion
 
     if taken(context, "weights") and is_on_hub(weights):
         click.echo(f"{like.path} asks for {weights}, a model on a hub.", err=True)
-    try:
-        checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
-    except (ValueError, OSError) as error:
-        if not taken(context, "weights") or given(context, "vae"):
-            raise
-        raise ChangedError(
-            f"{like.path} cannot be drawn again with the model {weights!r} that it names, looked "
-            f"for from this folder: {error} Give one with --weights."
-        ) from error
+    if like is not None:
+        check_models(context, like, lambda path: path in PRESETS or is_on_hub(path))
+    checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
     config = repr(replace(checkpoint.config, name=""))
     facts = {
         "version": installed_version(),
@@ -391,9 +392,6 @@ def open_model(
     }
     if like is not None:
         check_config(context, like, facts)
-        if (then := like.facts.get("backend", facts["backend"])) != facts["backend"]:
-            said = f"{like.path} was drawn on the Keras backend {then}: its last bits may differ."
-            click.echo(printable(said), err=True)
     hashed = cache(sha256)  # for networks that share a file, of gigabytes
 
     def note(part: str, files: list[Path]) -> None:

@@ -43,7 +43,7 @@ def check_folder(folder: Path, remedy: str) -> None:
     What is wrong is followed by the `remedy`.
     """
     existing = next(path for path in [folder, *folder.absolute().parents] if os.path.lexists(path))
-    if existing.is_symlink() and not existing.exists():
+    if not existing.exists():
         raise NotADirectoryError(f"{existing} leads nowhere; {remedy}.")
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; {remedy}.")

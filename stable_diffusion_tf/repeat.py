@@ -4,7 +4,7 @@ A stranger may have written it. It is text, read as click reads that of the comm
 for options that are a `Setting`; nothing else in a PNG has any effect.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -26,15 +26,15 @@ class ChangedError(ValueError):
 class Setting(click.Option):
     """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter.
 
-    An empty value is none, for options that have no default: a PNG's can be taken back so.
+    An empty value is the default, whatever a PNG says.
     """
 
-    def __init__(self, *args: Any, **attributes: Any):
-        super().__init__(*args, **attributes)
-        self.optional = attributes.get("default") is None
+    def __init__(self, *args: Any, default: Any = None, **attributes: Any):
+        super().__init__(*args, default=default, **attributes)
+        self.usual = default
 
     def type_cast_value(self, context: click.Context, value: Any) -> Any:
-        return None if self.optional and value == "" else super().type_cast_value(context, value)
+        return super().type_cast_value(context, self.usual if value == "" else value)
 
 
 setting = partial(click.option, cls=Setting)
@@ -103,6 +103,17 @@ def check_inputs(context: click.Context, like: Like) -> None:
         )
 
 
+def check_models(context: click.Context, like: Like, known: Callable[[str], bool]) -> None:
+    """Raises ChangedError if what its settings name as a model is neither here nor `known`."""
+    for name in filter(partial(taken, context), ("weights", "vae")):
+        path = context.params[name]
+        if not (Path(path).exists() or known(path)):
+            raise ChangedError(
+                f"{like.path} cannot be drawn again: its {name} {path!r} is not here; give one "
+                f"with {_options(context)[name].opts[0]}."
+            )
+
+
 def check_config(context: click.Context, like: Like, facts: Mapping[str, Any]) -> None:
     """Raises ChangedError if the model that its settings name is configured otherwise by now.
 
@@ -113,8 +124,8 @@ def check_config(context: click.Context, like: Like, facts: Mapping[str, Any]) -
     then, now = ((one.get("version"), one.get("config_sha256")) for one in (like.facts, facts))
     if then[0] == now[0] and then[1] not in (None, now[1]):
         raise ChangedError(
-            f"{like.path} cannot be drawn again: the config of {context.params['weights']} is "
-            f"another now; give a model with {_options(context)['weights'].opts[0]}."
+            f"{like.path} cannot be drawn again: what its model's files say beside their weights "
+            "is something else now; give a model with --weights."
         )
 
 

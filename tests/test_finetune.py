@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tiny import FILES, TINY
 
 from stable_diffusion_tf import StableDiffusion
-from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part
+from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
 from stable_diffusion_tf.checkpoints.save import save
 from stable_diffusion_tf.config import AutoencoderConfig, UNetConfig
 from stable_diffusion_tf.training.data import square
@@ -131,6 +131,12 @@ def test_a_run_of_another_model_is_not_gone_on_from(folder, trained):
     result = run(folder, "--prediction=v")
     assert result.exit_code == 2
     assert "another model, optimizer or recipe: 1 entries differ, first config" in result.output
+    models = load(folder / "small")
+    models.text_encoder.weights[0].assign(models.text_encoder.weights[0] + 1)
+    save(models, folder / "other")
+    result = run(folder, source="other")
+    assert result.exit_code == 2
+    assert "another model, optimizer or recipe: 1 entries differ, first source" in result.output
 
 
 @pytest.mark.parametrize(
@@ -175,8 +181,9 @@ def test_a_model_that_is_none_or_for_inpainting_is_refused(tiny_inpainting, tmp_
 
 def test_a_target_where_the_saves_go_is_refused(tiny_model, tmp_path):
     for target in ("runs", "runs/target"):
-        result = run(tmp_path, f"--runs={tmp_path / target}/..", source=tiny_model, target=target)
-        assert "is where the run's own saves go" in result.output
+        result = run(tmp_path, source=tiny_model, target=target)
+        assert result.exit_code == 2
+        assert "is where the run itself writes" in result.output
 
 
 def test_the_middle_of_a_picture_is_what_is_seen(tmp_path):

@@ -110,11 +110,15 @@ def test_a_save_is_of_the_model_and_the_captions_that_it_began_with(
     models = load(tmp_path / "first")
     models.text_encoder.weights[0].assign(models.text_encoder.weights[0] + 1)
     save(models, tmp_path / "other")
+    schedule = replace(models.config.schedule, spacing="trailing")
+    config = replace(models.config, schedule=schedule)
+    save(replace(load(tmp_path / "first"), config=config), tmp_path / "configured")
 
     found = recipes("second", "first")
     assert recipes("third", "first") == found
-    diffusion, decoder = recipes("fourth", "other")
-    assert diffusion != found[0] and decoder != found[1]
+    for i, start in enumerate(("other", "configured")):
+        diffusion, decoder = recipes(f"fourth{i}", start)
+        assert diffusion != found[0] and decoder != found[1]
     rows, images = train_emoji.emoji_data.load(16, tmp_path)
     rows = [replace(row, label=f"{row.label}!") for row in rows]
     monkeypatch.setattr(train_emoji.emoji_data, "load", lambda size, cache: (rows, images))
@@ -127,8 +131,9 @@ def test_a_save_is_of_the_model_and_the_captions_that_it_began_with(
         ("model.ckpt", ".ckpt is not written"),
         ("model.safetensors", "a single file has no config"),
         ("file/model", "file is a file; name another target"),
-        ("runs", "is where the run's own saves go"),
-        ("runs/decoder", "is where the run's own saves go"),
+        ("runs", "is where the run itself writes"),
+        ("runs/emoji", "is where the run itself writes"),
+        ("runs/decoder", "is where the run itself writes"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused_before_any_work(

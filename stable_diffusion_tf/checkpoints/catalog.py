@@ -1,5 +1,6 @@
 """Where models come from: presets, hub ids, folders and files. Imports no backend."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,9 @@ from stable_diffusion_tf.checkpoints.local import (
     refuse_options,
 )
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
-from stable_diffusion_tf.config import SD_1, SD_2_BASE, ModelConfig
+from stable_diffusion_tf.config import SD_1, SD_2_BASE, ModelConfig, TextEncoderConfig
+
+log = logging.getLogger(__name__)
 
 Source = str | os.PathLike | Mapping | Checkpoint  # a mapping of networks to files
 
@@ -205,6 +208,14 @@ def open_checkpoint(
     if prediction is not None:
         schedule = replace(checkpoint.config.schedule, prediction=prediction)
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, schedule=schedule))
+    learnt = checkpoint.config.text_encoder.vocab_size - TextEncoderConfig.vocab_size
+    if learnt > 0 and not isinstance(source, Checkpoint):
+        log.warning(
+            "%s: its %d words beyond CLIP's, such as textual inversion's, are not known to the "
+            "tokenizer here, which reads them letter by letter",
+            source,
+            learnt,
+        )
     missing = [part for part in PARTS if part not in checkpoint.parts and part != "encoder"]
     partial_source = isinstance(source, Mapping | Checkpoint)
     if missing and not partial_source:  # text becomes a picture without the encoder

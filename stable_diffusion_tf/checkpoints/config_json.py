@@ -4,7 +4,6 @@ An absent key has the value diffusers and transformers give it. What our models 
 refused by name: `SUPPORTED` lists the values of the keys that only have one.
 """
 
-import logging
 import math
 import sys
 from collections.abc import Collection
@@ -19,8 +18,6 @@ from stable_diffusion_tf.config import (
     TextEncoderConfig,
     UNetConfig,
 )
-
-log = logging.getLogger(__name__)
 
 OURS = "_stable_diffusion_tf"  # diffusers ignores keys of model_index.json with an underscore
 
@@ -208,16 +205,8 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
 def _read_text_encoder(folder: Path) -> TextEncoderConfig:
     fields = Fields(folder / "text_encoder" / "config.json")
     fields.only(SUPPORTED["text_encoder"])
-    words = fields.integer("vocab_size", 49408, least=49408)  # all that the tokenizer has
-    if words > 49408:
-        log.warning(
-            "%s: its %d words beyond CLIP's, such as of textual inversion, are not known to the "
-            "tokenizer here: prompts have them as ordinary letters",
-            folder,
-            words - 49408,
-        )
     config = TextEncoderConfig(
-        vocab_size=words,
+        vocab_size=fields.integer("vocab_size", 49408, least=49408),  # all that the tokenizer has
         max_length=fields.integer("max_position_embeddings", 77, least=3),  # start, a token, end
         width=fields.integer("hidden_size", 512),
         layers=fields.integer("num_hidden_layers", 12, most=LAYERS),

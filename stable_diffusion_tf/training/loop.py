@@ -8,7 +8,7 @@ import csv
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,11 @@ def checksum(parts: Iterable[np.ndarray | bytes]) -> int:
     return reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
+def weights(*models: keras.Model) -> Iterator[np.ndarray]:
+    """All their weights, one after another."""
+    return (np.asarray(weight) for model in models for weight in model.weights)
+
+
 def check_apart(target: Path, folder: Path) -> None:
     """Raises ValueError if what a run writes into `folder` would make `target`, which is to be new.
 
@@ -129,7 +134,7 @@ def check_apart(target: Path, folder: Path) -> None:
     """
     if Path(folder).resolve().is_relative_to(Path(target).resolve()):
         raise ValueError(
-            f"{target} is where the run's own saves go, {folder}; name another target, or another "
+            f"{target} is where the run itself writes, {folder}; name another target, or another "
             "folder for the runs"
         )
 

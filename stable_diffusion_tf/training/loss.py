@@ -76,20 +76,23 @@ def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None, scal
     gamma of `min_snr_weight`, without which all timesteps weigh alike. With `scales` above 1 it is
     the mean of the losses of single latents and of 2x2, 4x4, ... means, so weighed that white noise
     costs alike at each of so many scales: means are the colours of areas, and among all values few
-    (after the multiscale loss of Hoogeboom et al. 2023, arXiv:2301.11093). Latents must have
-    `2**(scales - 1)` a side, or more.
+    (after the multiscale loss of Hoogeboom et al. 2023, arXiv:2301.11093). ValueError, of the loss,
+    for latents of fewer than `2**(scales - 1)` a side.
     """
 
     def error(difference):  # (B, h, w, channels) -> (B, 1, 1, 1)
         total = 0.0
         for scale in range(scales):
             if scale:
-                difference = ops.average_pool(difference, 2)
+                difference = ops.average_pool(difference, 2, data_format="channels_last")
             values = NORMS[norm](difference)
             total += WHITE[norm] ** scale * ops.mean(values, axis=(1, 2, 3), keepdims=True)
         return total / scales
 
     def loss(latents, noise, timesteps, alpha, sigma, token_ids):
+        sides = latents.shape[1:3]
+        if min(sides) < 2 ** (scales - 1):
+            raise ValueError(f"latents of {sides} have no means at {scales} scales; take fewer")
         step = Step(timesteps, alpha, sigma)
         predicted = unet([add_noise(latents, noise, step), timesteps, text_encoder(token_ids)])
         wanted = target(latents, noise, step, prediction)

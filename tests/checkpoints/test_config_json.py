@@ -30,12 +30,6 @@ def test_every_config_survives_the_round_trip(tmp_path, config):
     assert read_config(write_folder(tmp_path, config, {})) == config
 
 
-def test_words_that_the_tokenizer_does_not_know_are_told_of(tmp_path, caplog):
-    learnt = replace(TINY, text_encoder=replace(TINY.text_encoder, vocab_size=49410))
-    assert read_config(write_folder(tmp_path, learnt, {})) == learnt
-    assert "its 2 words beyond CLIP's" in caplog.text
-
-
 def test_a_pad_token_without_a_name_is_not_saved():
     with pytest.raises(ValueError, match="pad_token 7"):
         write_config(replace(TINY, text_encoder=TextEncoderConfig(pad_token=7)))

@@ -19,6 +19,7 @@ from stable_diffusion_tf.checkpoints.keras_h5 import InOrder
 from stable_diffusion_tf.checkpoints.layouts import find_config
 from stable_diffusion_tf.checkpoints.local import PARTS
 from stable_diffusion_tf.checkpoints.readers import CheckpointError, save_safetensors
+from stable_diffusion_tf.checkpoints.save import check_target
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 
 FILE_OF = {"text_encoder": "text_encoder", "unet": "unet", "encoder": "vae", "decoder": "vae"}
@@ -163,6 +164,15 @@ def test_old_text_encoder_names_load(tmp_path, tiny_weights):
     }
     save_safetensors(tensors, tmp_path / "old")
     check(open_checkpoint(tmp_path / "old", config=TINY), tiny_weights)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_told_of_once(tiny_folder, tmp_path, caplog):
+    file = tiny_folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 49410}))
+    checkpoint = open_checkpoint(tiny_folder)
+    open_checkpoint(checkpoint)
+    check_target(tmp_path / "new", "float32", checkpoint.config)
+    assert caplog.text.count("words beyond CLIP's") == caplog.text.count("its 2 words") == 1
 
 
 def test_which_average_is_taken_is_said(tmp_path, tiny_weights, caplog):

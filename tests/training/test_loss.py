@@ -1,5 +1,6 @@
 """Losses against values known by hand."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -44,6 +45,17 @@ def test_scales_weigh_what_areas_have_in_common(norm, even, uneven):
     checks = 1 - 2 * (np.indices((4, 4)).sum(0) % 2)[..., None]  # whose means over 2x2 are 0
     assert loss_of("v", norm, V + 0.5, scales=3) == pytest.approx(even, rel=1e-5)
     assert loss_of("v", norm, V + 0.5 * checks, scales=3) == pytest.approx(uneven, rel=1e-5)
+
+
+def test_scales_are_of_channels_last_latents_that_have_them():
+    expected = loss_of("v", "l2", V + NOISE, scales=3)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        assert loss_of("v", "l2", V + NOISE, scales=3) == expected
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    with pytest.raises(ValueError, match=r"latents of \(4, 4\) have no means at 4 scales"):
+        loss_of("v", "l2", V, scales=4)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
