@@ -84,7 +84,7 @@ def diffusion_loss(text_encoder, unet, prediction, norm="l2", min_snr=None, scal
         total = 0.0
         for scale in range(scales):
             if scale:
-                difference = ops.average_pool(difference, 2, data_format="channels_last")
+                difference = ops.average_pool(difference, 2, 2, data_format="channels_last")
             values = NORMS[norm](difference)
             total += WHITE[norm] ** scale * ops.mean(values, axis=(1, 2, 3), keepdims=True)
         return total / scales
