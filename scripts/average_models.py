@@ -4,7 +4,6 @@ A model trained further on what it knows draws that better and what it never saw
 and what it was, both can be better than either (Wortsman et al. 2021, arXiv:2109.01903).
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
@@ -34,7 +33,7 @@ def main(first: str, second: str, target: Path, share: float) -> None:
         check_target(target, "float16")
         one, other = open_checkpoint(first), open_checkpoint(second)
         check_target(target, "float16", one.config)
-        if replace(one.config, name="") != replace(other.config, name=""):
+        if one.config.nameless() != other.config.nameless():
             raise ValueError(f"{first} and {second} differ in their configs: there is no mean")
         models, others = (load_parts(checkpoint, MODELS, "float32") for checkpoint in (one, other))
         for part in MODELS:

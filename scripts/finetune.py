@@ -15,7 +15,6 @@ folder, under TARGET's name.
   sdtf generate "what a caption says" --weights my-emoji
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
@@ -113,7 +112,7 @@ def main(
         models = Models(checkpoint.config, **networks, **autoencoder)
         recipe = {
             "source": checksum(weights(*networks.values(), *autoencoder.values())),
-            "config": repr(replace(checkpoint.config, name="")),
+            "config": checkpoint.config.nameless(),
             "pictures": checksum([images]),
             "captions": checksum([repr(texts).encode()]),
             "dtype": dtype,

@@ -30,10 +30,7 @@ from stable_diffusion_tf.config import (
     TextEncoderConfig,
     UNetConfig,
 )
-from stable_diffusion_tf.images import (
-    signed_to_unit,
-    unit_to_uint8,
-)
+from stable_diffusion_tf.images import signed_to_unit, unit_to_uint8
 from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
 from stable_diffusion_tf.pipeline import StableDiffusion
 from stable_diffusion_tf.training.adversary import Discriminator, adversary
@@ -334,7 +331,7 @@ def train_diffusion(
             "seed": seed,
             "latents": checksum([np.ascontiguousarray(latents[0])]),
             "captions": checksum(repr(row).encode() for row in captions),
-            "config": repr(replace(models.config, name="")),
+            "config": models.config.nameless(),
             "start": checksum(weights(models.text_encoder, models.unet)),
         },
         save_every=400,
@@ -390,7 +387,7 @@ def train_decoder(
             "batch_size": batch_size,
             "seed": seed,
             "adversary_weight": adversary_weight,
-            "config": repr(replace(models.config, name="")),
+            "config": models.config.nameless(),
             "start": checksum(weights(models.text_encoder, models.unet, models.decoder)),
         },
         save_every=200,

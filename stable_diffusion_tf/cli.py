@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -383,12 +382,11 @@ def open_model(
     if like is not None:
         check_models(context, like, lambda path: path in PRESETS or is_on_hub(path))
     checkpoint = open_checkpoint(weights, vae=vae, prediction=prediction)
-    config = repr(replace(checkpoint.config, name=""))
     facts = {
         "version": installed_version(),
         "backend": keras.backend.backend(),
         "model": checkpoint.config.name,
-        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(checkpoint.config.nameless().encode()).hexdigest(),
     }
     if like is not None:
         check_config(context, like, facts)

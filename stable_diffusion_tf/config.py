@@ -88,6 +88,10 @@ class ModelConfig:
     image_size: int = 512  # pixels a side, when the caller names none
     guidance: float = 7.5  # unconditional_guidance_scale, when the caller names none
 
+    def nameless(self) -> str:
+        """All of it but the name, as text: equal for models that are made and used alike."""
+        return repr(replace(self, name=""))
+
 
 SD_1 = ModelConfig()
 
