@@ -58,7 +58,7 @@ EMOJI = ModelConfig(
         context_width=128,
         groups=16,
     ),
-    autoencoder=AutoencoderConfig(widths=(16, 48, 96), resnets=1, groups=8, scale=1.0),
+    autoencoder=AutoencoderConfig(widths=(24, 56, 112), resnets=1, groups=8, scale=1.0),
     # From pure noise, so that white backgrounds are white (arXiv:2305.08891), down to next to none,
     # so that a picture drawn over with little strength changes little.
     schedule=ScheduleConfig(
@@ -67,7 +67,7 @@ EMOJI = ModelConfig(
     image_size=64,
     guidance=3.0,
 )
-AUTOENCODER_BATCH, DIFFUSION_BATCH, DECODER_BATCH = 32, 64, 16
+AUTOENCODER_BATCH, DECODER_BATCH = 32, 16
 WARMUP = 200  # of any number of steps: each run can be made longer
 
 
@@ -75,7 +75,11 @@ WARMUP = 200  # of any number of steps: each run can be made longer
 @click.argument("target", type=Path)
 @click.option("--autoencoder-steps", default=1400, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--steps", default=5000, show_default=True, type=click.IntRange(1), help="Of diffusion."
+    "--steps",
+    default=5000,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Of diffusion; 0 leaves text encoder and UNet as they are.",
 )
 @click.option(
     "--decoder-steps",
@@ -91,6 +95,13 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     type=click.FloatRange(0),
     help="Of deceiving the adversary, beside the distance to the artwork, in the decoder's steps; "
     "0: there is none.",
+)
+@click.option(
+    "--batch",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Artworks a step of diffusion; a GPU takes 256 in little more time.",
 )
 @click.option(
     "--dtype",
@@ -129,7 +140,7 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     "are the colours of areas (arXiv:2301.11093).",
 )
 @click.option(
-    "--flip/--no-flip", default=False, help="Mirrored artworks too, where captions stay true."
+    "--flip/--no-flip", default=False, help="Mirrored artworks too, with captions that say so."
 )
 @click.option("--jit/--no-jit", default=False, help="Compile through XLA.")
 @click.option(
@@ -144,6 +155,13 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     type=click.IntRange(0, 2**32 - 1),
     help="Of all draws; a new one when going on from a saved model.",
 )
+@click.option(
+    "--save-every",
+    default=400,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Steps between saves, each with a picture sheet.",
+)
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where saves go.")
 def main(
     target,
@@ -151,6 +169,7 @@ def main(
     steps,
     decoder_steps,
     adversary_weight,
+    batch,
     dtype,
     rate,
     norm,
@@ -161,6 +180,7 @@ def main(
     jit,
     start,
     seed,
+    save_every,
     runs,
 ):
     with errors_in_one_line():
@@ -170,41 +190,43 @@ def main(
             check_apart(target, runs / made)
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
-    captions = [row for row in rows if row.split == "train"]
-    shown = images[known]
-    if flip:
-        shown = np.concatenate([shown, emoji_data.mirrored(captions, shown)])
-        captions = 2 * captions
-    # Enough for the others too: the autoencoder's, half as large, sees no mirrored ones.
-    if len(shown) < DIFFUSION_BATCH or known.all():
+    captions, shown = [row for row in rows if row.split == "train"], images[known]
+    least = max(batch, AUTOENCODER_BATCH, DECODER_BATCH)
+    if len(shown) < least or known.all():
         raise click.ClickException(
             f"{len(shown)} artworks to learn and {(~known).sum()} held out are too few: a batch "
-            f"takes {DIFFUSION_BATCH}, a preview 1. Add more"
+            f"takes {least}, a preview 1. Add more"
         )
+    if flip:
+        turned, pictures = emoji_data.mirrored(captions, shown)
+        captions, shown = captions + turned, np.concatenate([shown, pictures])
 
     if source is None:
         models = new_models(
-            images[known], images[~known], autoencoder_steps, dtype, seed, runs, jit
+            shown, images[~known], autoencoder_steps, dtype, seed, runs, jit, save_every
         )
     else:
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
     latents = posterior(models.encoder, shown, models.config.autoencoder.scale)
-    train_diffusion(
-        models,
-        latents,
-        captions,
-        dtype=dtype,
-        rate=rate,
-        norm=norm,
-        shift=shift,
-        min_snr=min_snr,
-        scales=scales,
-        steps=steps,
-        seed=seed,
-        folder=runs / "diffusion",
-        jit=jit,
-    )
+    if steps:
+        train_diffusion(
+            models,
+            latents,
+            captions,
+            dtype=dtype,
+            rate=rate,
+            norm=norm,
+            shift=shift,
+            min_snr=min_snr,
+            scales=scales,
+            steps=steps,
+            seed=seed,
+            batch_size=batch,
+            save_every=save_every,
+            folder=runs / "diffusion",
+            jit=jit,
+        )
     if decoder_steps:
         train_decoder(
             models,
@@ -215,16 +237,17 @@ def main(
             adversary_weight=adversary_weight,
             steps=decoder_steps,
             seed=seed,
+            save_every=save_every,
             folder=runs / "decoder",
             jit=jit,
         )
     save(models, target, dtype="float16")
 
 
-def new_models(known, unknown, autoencoder_steps, dtype, seed, runs, jit):
+def new_models(known, unknown, autoencoder_steps, dtype, seed, runs, jit, save_every):
     """A trained autoencoder, and text encoder and UNet with random weights."""
     encoder, decoder = train_autoencoder(
-        known, unknown, autoencoder_steps, seed, runs / "autoencoder", jit
+        known, unknown, autoencoder_steps, seed, runs / "autoencoder", jit, save_every
     )
     mean, _ = posterior(encoder, known)
     scale = float(1 / mean.std())  # latents of unit variance, as the schedule assumes
@@ -241,7 +264,9 @@ def new_models(known, unknown, autoencoder_steps, dtype, seed, runs, jit):
     )
 
 
-def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=AUTOENCODER_BATCH):
+def train_autoencoder(
+    known, unknown, steps, seed, folder, jit, save_every=400, batch_size=AUTOENCODER_BATCH
+):
     """Trains on `known` pictures, reports on `unknown` ones: -> encoder, decoder."""
     keras.utils.set_random_seed(seed)  # the initial weights; the rest is seeded step by step
     encoder, decoder = Encoder(EMOJI.autoencoder), Decoder(EMOJI.autoencoder)
@@ -264,7 +289,7 @@ def train_autoencoder(known, unknown, steps, seed, folder, jit, batch_size=AUTOE
             "seed": seed,
             "pictures": checksum([np.ascontiguousarray(known)]),
         },
-        save_every=200,
+        save_every=save_every,
         preview=rebuilding(encoder, decoder, unknown, folder),
         jit=jit,
     )
@@ -298,14 +323,15 @@ def train_diffusion(
     scales,
     steps,
     seed,
+    batch_size,
+    save_every,
     folder,
     jit,
-    batch_size=DIFFUSION_BATCH,
 ):
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     prediction = models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
-    texts = list(dict.fromkeys(map(emoji_data.caption, captions)))  # mirrored ones are no others
+    texts = list(dict.fromkeys(map(emoji_data.caption, captions)))
     prompts = spread(texts, 32)
 
     def preview(step):
@@ -334,7 +360,7 @@ def train_diffusion(
             "config": models.config.nameless(),
             "start": checksum(weights(models.text_encoder, models.unet)),
         },
-        save_every=400,
+        save_every=save_every,
         preview=preview,
         jit=jit,
     )
@@ -350,6 +376,7 @@ def train_decoder(
     adversary_weight,
     steps,
     seed,
+    save_every,
     folder,
     jit,
     batch_size=DECODER_BATCH,
@@ -390,7 +417,7 @@ def train_decoder(
             "config": models.config.nameless(),
             "start": checksum(weights(models.text_encoder, models.unet, models.decoder)),
         },
-        save_every=200,
+        save_every=save_every,
         preview=rebuilding(models.encoder, models.decoder, unknown, folder),
         jit=jit,
     )

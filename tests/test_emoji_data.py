@@ -1,11 +1,8 @@
 """The emoji index and its captions; nothing here is fetched or drawn."""
 
-import re
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from emoji_data import VERSIONS, Row, article, captions, mirrored, mirrors, read_index, svg
+from emoji_data import VERSIONS, Row, article, captions, mirrored, read_index, svg
 
 APPLE = Row(
     "noto", "noto", "@iconify-json/noto", "red-apple", "1f34e", "red apple", ("fruit",), "", "train"
@@ -32,51 +29,27 @@ def test_design_families_share_their_hold_out():
     assert not trained & held
 
 
-def test_captions_vary_and_a_tenth_name_no_style():
+def test_captions_vary_a_tenth_name_no_style_and_a_tenth_nothing_else():
     rng = np.random.default_rng(0)
     drawn = [captions(APPLE, rng) for _ in range(1000)]
     assert set(drawn) == {
         "red apple",
+        "noto style",
         "red apple, noto style",
         "a red apple, noto style",
         "noto emoji of red apple",
         "red apple, fruit, noto style",
     }
     assert 70 <= drawn.count("red apple") <= 130
+    assert 70 <= drawn.count("noto style") <= 130
 
 
-def test_no_picture_is_mirrored_whose_captions_name_a_side():
-    rows = read_index()
-    images = np.arange(2 * len(rows), dtype=np.uint32).reshape(-1, 1, 2, 1)
-    moved = (mirrored(rows, images) != images).any(axis=(1, 2, 3))
+def test_mirrored_artworks_are_left_for_right_and_all_their_captions_say_so():
+    images = np.arange(2 * 1 * 3 * 1).reshape(2, 1, 3, 1)
+    rows, turned = mirrored([APPLE, APPLE], images)
+    np.testing.assert_array_equal(turned[:, 0, :, 0], [[2, 1, 0], [5, 4, 3]])
     rng = np.random.default_rng(0)
-    for row, flipped in zip(rows, moved, strict=True):
-        sided = re.search(r"\b(left|right|clockwise|facing)", captions(row, rng), re.IGNORECASE)
-        assert not (flipped and sided), row.label
-    assert moved.mean() > 0.5
-
-
-@pytest.mark.parametrize(
-    ("label", "free"),
-    [
-        ("red apple", True),
-        ("bright moon", True),
-        ("facepalm", True),
-        ("left-facing fist", False),
-        ("person running: facing right", False),
-        ("Leftwards hand", False),
-        ("counterclockwise arrows button", False),
-        ("eight-thirty", False),
-        ("two o’clock", False),
-        ("waxing gibbous moon", False),
-        ("1st place medal", False),
-    ],
-)
-def test_what_may_be_mirrored(label, free):
-    row = replace(APPLE, label=label)
-    assert mirrors(row) is free
-    assert not mirrors(replace(row, tags=("fruit", "left")))
-    assert not mirrors(replace(row, group="symbols"))
+    assert all(captions(row, rng).endswith(", mirrored") for row in 20 * rows)
 
 
 @pytest.mark.parametrize(

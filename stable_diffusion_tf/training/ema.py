@@ -18,6 +18,8 @@ def take_average(optimizer, variables):
     """
     if int(optimizer.iterations):
         optimizer.finalize_variable_values(variables)
+        for variable in variables:  # not the average's own memory: on JAX, `predict` frees it
+            variable.assign(ops.copy(variable))
 
 
 @contextmanager

@@ -275,6 +275,23 @@ def test_repeated_tokens_are_clipped_by_the_sum_of_their_gradients(tmp_path):
     np.testing.assert_allclose(weights([embedding])[0], [[1.0], [0.0]], atol=1e-6)
 
 
+def test_a_preview_may_predict(tmp_path):
+    """On JAX, Keras frees the memory of what it predicts with: the average is not to be in it."""
+    model, x = line(), np.ones((1, 1), np.float32)
+    train(
+        lambda x: keras.ops.mean(model(x) ** 2),
+        lambda step: (x,),
+        [model],
+        adamw(0.1, 2),
+        steps=2,
+        folder=tmp_path,
+        save_every=1,
+        preview=lambda step: model.predict_on_batch(x),
+        progress=False,
+    )
+    assert np.isfinite(model.predict_on_batch(x)).all()
+
+
 def test_averaged_gives_the_weights_back_when_the_preview_fails():
     optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
     variable = keras.Variable([3.0])
