@@ -17,6 +17,16 @@ from stable_diffusion_tf.models.layers import (
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
+class TokenEmbedding(layers.Embedding):
+    """Keras's, whose vectors are cast after they are looked up, not the whole table before.
+
+    So the gradients of a token that a batch has often, such as the padding, add up in float32.
+    """
+
+    def add_weight(self, *args, **kwargs):
+        return super().add_weight(*args, autocast=False, **kwargs)
+
+
 class PositionEmbedding(layers.Layer):
     """Adds a learned vector to each position of (B, N, width), N up to `length`."""
 
@@ -49,7 +59,7 @@ class TextEncoder(Network):
     def __init__(self, config: TextEncoderConfig, dtype=None, name="text_encoder"):
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         with dtype_policy(dtype):
-            x = layers.Embedding(
+            x = TokenEmbedding(
                 config.vocab_size, config.width, name="embeddings.token_embedding"
             )(token_ids)
             x = PositionEmbedding(config.max_length, name="embeddings.position_embedding")(x)

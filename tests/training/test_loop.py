@@ -332,6 +332,7 @@ def test_muon_turns_kernels_by_orthogonal_matrices_and_the_rest_as_adamw():
     shapes = {
         "conv": (3, 3, 4, 8),
         "dense": (8, 6),
+        "other": (36, 8),
         "embedding": (5, 4),
         "bias": (4,),
     }
@@ -339,11 +340,14 @@ def test_muon_turns_kernels_by_orthogonal_matrices_and_the_rest_as_adamw():
     gradients = [np.random.default_rng(0).standard_normal(shape, "f") for shape in shapes.values()]
     optimizer = Muon(learning_rate=0.1, weight_decay=None, adam_weight_decay=None)
     optimizer.apply([keras.ops.convert_to_tensor(g) for g in gradients], variables)
-    conv, dense, *others = values(variables)
-    for kernel, largest in ((conv.reshape(36, 8), 36), (dense, 8)):
-        scales = np.linalg.svd(kernel / (0.1 * 0.2 * largest**0.5), compute_uv=False)
+    changes = values(variables)
+    for change, gradient in zip(changes[:3], gradients, strict=False):
+        matrix, wanted = (-x.reshape(-1, x.shape[-1]) for x in (change, gradient))
+        scales = np.linalg.svd(matrix / (0.1 * 0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
         assert scales.min() > 0.6 and scales.max() < 1.3  # as near to 1 as five iterations come
-    for change, gradient in zip(others, gradients[2:], strict=True):
+        u, _, v = np.linalg.svd(-wanted, full_matrices=False)
+        assert np.sum(matrix * (u @ v)) > 0.9 * np.linalg.norm(matrix) * np.linalg.norm(u @ v)
+    for change, gradient in zip(changes[3:], gradients[3:], strict=True):
         np.testing.assert_allclose(change, -0.1 * np.sign(gradient), rtol=1e-3)
 
 
