@@ -16,7 +16,7 @@ from stable_diffusion_tf import arguments, tasks
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.compile import compiler
+from stable_diffusion_tf.compile import compiler, runs_ahead
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
@@ -352,7 +352,8 @@ class StableDiffusion:
             callback: `callback(step, total, preview)`, called after each step, 1 to `total`. The
                 preview is uint8 (B, h, w, 3), a pixel a latent: what the pictures look like so far,
                 by a linear stand-in for the decoder, and only if it is looked at (see `Preview`).
-                To cancel, raise an exception in it: `generate` ends there, with that exception.
+                To cancel, raise an exception in it: `generate` ends there, with that exception. On
+                JAX the next step has then begun.
 
         Raises:
             TypeError, ValueError: an argument is not as above; the message names it.
@@ -445,6 +446,8 @@ class StableDiffusion:
             )
             bar.set_description("Denoising")
             drawn = task.sample(denoise, task.start, levels, noise)
+            if runs_ahead():  # each is looked at when the device has the next to do
+                drawn = (now for now, _ in itertools.pairwise(itertools.chain(drawn, [None])))
             for step, (x, x0) in enumerate(drawn, 1):
                 stage = f"denoising, step {step} of {bar.total}"
                 latents = self._networks.latents(x, stage)

@@ -727,7 +727,10 @@ def test_a_preview_is_not_computed_before_it_is_looked_at(small, monkeypatch):
     assert len(computed) == 1
 
 
-def test_an_exception_in_the_callback_cancels(small, monkeypatch, capsys):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_exception_in_the_callback_cancels(small, monkeypatch, capsys, ahead):
+    monkeypatch.setattr("stable_diffusion_tf.pipeline.runs_ahead", lambda: ahead)
+
     class Enough(Exception):
         pass
 
@@ -743,7 +746,7 @@ def test_an_exception_in_the_callback_cancels(small, monkeypatch, capsys):
     )
     with pytest.raises(Enough):
         small.generate(PROMPT, num_steps=5, callback=stop)
-    assert len(seen) == 2
+    assert len(seen) == 2 + ahead
     shown = capsys.readouterr().err
     assert "2/5" in shown and "Decoding" not in shown
     assert latents(small, PROMPT, num_steps=2).shape == (1, 7, 5, 4)
