@@ -72,7 +72,10 @@ def test_the_decoder_is_trained_alone_or_not_at_all(artworks, stages, tmp_path):
 
     assert run("first", "--decoder-steps=0") == [2, 2]
     stages.clear()
-    assert run("second", f"--start={tmp_path / 'first'}", "--adversary-weight=0") == [2, 1]
+    start = f"--start={tmp_path / 'first'}"
+    assert run("second", start, "--adversary-weight=0") == [2, 1]
+    stages.clear()
+    assert run("third", start, "--steps=0", "--adversary-weight=0") == [1]
 
 
 @pytest.mark.parametrize(
