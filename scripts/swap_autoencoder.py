@@ -1,11 +1,10 @@
-"""Saves MODEL with the autoencoder of OTHER as TARGET, a folder to train on from, in float16.
+"""Saves MODEL with another autoencoder, VAE, as TARGET, a folder to train on from, in float16.
 
 The new latents mean other things to its UNet. Its first and its last convolution are turned by the
 rotation that brings latents of emoji artworks nearest to what they were (orthogonal Procrustes:
 Schönemann 1966), so that it is not lost in them; training does the rest.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
@@ -39,30 +38,27 @@ def turn(unet, r: np.ndarray) -> None:
 
 @click.command(help=__doc__)
 @click.argument("model")
-@click.argument("other")
+@click.argument("vae", type=Path)
 @click.argument("target", type=Path)
 @click.option("--runs", default="runs", type=Path, show_default=True, help="Where artworks are.")
-def main(model: str, other: str, target: Path, runs: Path) -> None:
+def main(model: str, vae: Path, target: Path, runs: Path) -> None:
     with errors_in_one_line():
         check_target(target, "float16")
-        old, new = open_checkpoint(model), open_checkpoint(other)
-        ours, theirs = old.config.autoencoder, new.config.autoencoder
-        if (ours.factor, ours.latent_channels) != (theirs.factor, theirs.latent_channels):
-            raise ValueError(f"{other}'s latents have another shape than {model}'s")
-        if old.config.unet.in_channels != ours.latent_channels:
-            raise ValueError(
-                f"{model}'s UNet takes more than latents: take one that does not inpaint"
-            )
-        config = replace(old.config, autoencoder=theirs)
-        check_target(target, "float16", config)
-        models = load_parts(old, MODELS, "float32")
-        others = load_parts(new, ("encoder", "decoder"), "float32")
-    rows, images = emoji_data.load(config.image_size, runs / "emoji")
+        old, new = open_checkpoint(model), open_checkpoint(model, vae=vae)
+        check_target(target, "float16", new.config)
+        before, after = old.config.autoencoder, new.config.autoencoder
+        if (before.factor, before.latent_channels) != (after.factor, after.latent_channels):
+            raise ValueError(f"{vae}: its latents have another shape than those of {model}")
+        if new.config.unet.in_channels != after.latent_channels:
+            raise ValueError(f"{model} inpaints: its UNet takes more than latents")
+        models = Models(new.config, **load_parts(new, MODELS, "float32"))
+        encoder = load_parts(old, ("encoder",), "float32")["encoder"]
+    rows, images = emoji_data.load(new.config.image_size, runs / "emoji")
     images = images[[row.split == "train" for row in rows]]
-    before, _ = posterior(models["encoder"], images, ours.scale)
-    after, _ = posterior(others["encoder"], images, theirs.scale)
-    turn(models["unet"], rotation(after, before))
-    save(Models(config, **{**models, **others}), target, "float16")
+    known, _ = posterior(encoder, images, before.scale)
+    latents, _ = posterior(models.encoder, images, after.scale)
+    turn(models.unet, rotation(latents, known))
+    save(models, target, "float16")
     click.echo(target)
 
 

@@ -40,7 +40,7 @@ def test_a_folder_that_has_the_others_autoencoder(tiny_model, tmp_path, monkeypa
     def run(*arguments):
         return CliRunner().invoke(swap_autoencoder.main, [*map(str, arguments)])
 
-    result = run(tiny_model, tiny_model, tmp_path / "same")
+    result = run(tiny_model, tiny_model / "vae", tmp_path / "same")
     assert result.exit_code == 0, result.output
     for before, after in zip(
         load(tiny_model).unet.weights, load(tmp_path / "same").unet.weights, strict=True
@@ -49,7 +49,7 @@ def test_a_folder_that_has_the_others_autoencoder(tiny_model, tmp_path, monkeypa
 
 
 def test_what_has_no_such_latents_is_refused(tiny_model, tiny_inpainting, tmp_path):
-    arguments = [tiny_inpainting, tiny_model, tmp_path / "target"]
+    arguments = [tiny_inpainting, tiny_model / "vae", tmp_path / "target"]
     refused = CliRunner().invoke(swap_autoencoder.main, [*map(str, arguments)])
-    assert refused.exit_code == 2 and "takes more than latents" in refused.output
+    assert refused.exit_code == 2 and "its UNet takes more than latents" in refused.output
     assert not (tmp_path / "target").exists()
