@@ -163,14 +163,14 @@ def captions(row: Row, rng: np.random.Generator) -> str:
     """
     tags = rng.permutation(row.tags)[:2].tolist() if row.tags else []
     whole = [
-        f"{row.label}, {row.style} style",
+        caption(row),
         f"{article(row.label)} {row.label}, {row.style} style",
         f"{row.style} emoji of {row.label}",
         ", ".join([row.label, *tags, f"{row.style} style"]),
     ]
-    share = rng.random()
-    text = row.label if share < 0.1 else f"{row.style} style" if share < 0.2 else rng.choice(whole)
-    return f"{text}, mirrored" if row.mirrored else str(text)
+    tenths = [row.label, f"{row.style} style", *8 * [rng.choice(whole).item()]]
+    text = rng.choice(tenths).item()
+    return f"{text}, mirrored" if row.mirrored else text
 
 
 def caption(row: Row) -> str:
@@ -179,9 +179,9 @@ def caption(row: Row) -> str:
 
 
 def mirrored(rows: Sequence[Row], images: np.ndarray) -> tuple[list[Row], np.ndarray]:
-    """The artworks left for right, pictures uint8 (N, S, S, 3).
+    """The artworks left for right, pictures uint8 (N, S, S, 3), with captions that say so.
 
-    Twice as much to learn from, and still the only thing that captions without that word are of
+    Twice as much to learn from, and what other captions ask for, but the empty one, is as it was
     (Karras et al. 2022, arXiv:2206.00364, section 5, tell the network likewise).
     """
     return [replace(row, mirrored=True) for row in rows], images[:, :, ::-1]

@@ -79,7 +79,7 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     default=5000,
     show_default=True,
     type=click.IntRange(0),
-    help="Of diffusion; 0 leaves text encoder and UNet as they are.",
+    help="Of diffusion; 0 leaves text encoder and UNet as --start has them, or without it random.",
 )
 @click.option(
     "--decoder-steps",
@@ -101,7 +101,7 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     default=64,
     show_default=True,
     type=click.IntRange(1),
-    help="Artworks a step of diffusion; a GPU takes 256 in little more time.",
+    help="Artworks a step of diffusion.",
 )
 @click.option(
     "--dtype",
@@ -188,18 +188,27 @@ def main(
         check_target(target, "float16", EMOJI if source is None else source.config)
         for made in ("emoji", "autoencoder", "diffusion", "decoder"):
             check_apart(target, runs / made)
+        if not steps and decoder_steps and source is None:
+            raise ValueError(
+                "the decoder learns from what a trained network gives it: --steps 0 wants --start, "
+                "or --decoder-steps 0"
+            )
     rows, images = emoji_data.load(EMOJI.image_size, runs / "emoji")
     known = np.array([row.split == "train" for row in rows])
     captions, shown = [row for row in rows if row.split == "train"], images[known]
-    least = max(batch, AUTOENCODER_BATCH, DECODER_BATCH)
-    if len(shown) < least or known.all():
-        raise click.ClickException(
-            f"{len(shown)} artworks to learn and {(~known).sum()} held out are too few: a batch "
-            f"takes {least}, a preview 1. Add more"
-        )
     if flip:
         turned, pictures = emoji_data.mirrored(captions, shown)
         captions, shown = captions + turned, np.concatenate([shown, pictures])
+    least = max(  # of the stages that there are
+        AUTOENCODER_BATCH if source is None else 1,
+        batch if steps else 1,
+        DECODER_BATCH if decoder_steps else 1,
+    )
+    if len(shown) < least or known.all():
+        raise click.ClickException(
+            f"{len(shown)} artworks to learn and {(~known).sum()} held out are too few: a batch "
+            f"takes {least}, a preview 1. Add more, or take a smaller --batch"
+        )
 
     if source is None:
         models = new_models(
@@ -208,7 +217,8 @@ def main(
     else:
         trained = load_parts(source, ("text_encoder", "unet"), dtype)
         models = Models(source.config, **trained, **load_parts(source, ("encoder", "decoder")))
-    latents = posterior(models.encoder, shown, models.config.autoencoder.scale)
+    if steps or decoder_steps:
+        latents = posterior(models.encoder, shown, models.config.autoencoder.scale)
     if steps:
         train_diffusion(
             models,
@@ -265,7 +275,7 @@ def new_models(known, unknown, autoencoder_steps, dtype, seed, runs, jit, save_e
 
 
 def train_autoencoder(
-    known, unknown, steps, seed, folder, jit, save_every=400, batch_size=AUTOENCODER_BATCH
+    known, unknown, steps, seed, folder, jit, save_every, batch_size=AUTOENCODER_BATCH
 ):
     """Trains on `known` pictures, reports on `unknown` ones: -> encoder, decoder."""
     keras.utils.set_random_seed(seed)  # the initial weights; the rest is seeded step by step
@@ -331,7 +341,7 @@ def train_diffusion(
     """Trains text encoder and UNet on the Gaussians `latents` of captioned pictures."""
     prediction = models.config.schedule.prediction
     sd = StableDiffusion.from_models(models)
-    texts = list(dict.fromkeys(map(emoji_data.caption, captions)))
+    texts = [emoji_data.caption(row) for row in captions if not row.mirrored]
     prompts = spread(texts, 32)
 
     def preview(step):
@@ -414,6 +424,8 @@ def train_decoder(
             "batch_size": batch_size,
             "seed": seed,
             "adversary_weight": adversary_weight,
+            "pictures": checksum([np.ascontiguousarray(images)]),
+            "captions": checksum(repr(row).encode() for row in captions),
             "config": models.config.nameless(),
             "start": checksum(weights(models.text_encoder, models.unet, models.decoder)),
         },

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from emoji_data import Row
 
 from stable_diffusion_tf.checkpoints.load import load
+from stable_diffusion_tf.checkpoints.save import save
 
 
 @pytest.fixture
@@ -37,15 +38,27 @@ def test_a_folder_that_has_the_others_autoencoder(tiny_model, tmp_path, monkeypa
     images = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     monkeypatch.setattr(swap_autoencoder.emoji_data, "load", lambda size, cache: (rows, images))
 
-    def run(*arguments):
-        return CliRunner().invoke(swap_autoencoder.main, [*map(str, arguments)])
+    # The same autoencoder, but for the latents, which are negated.
+    models = load(tiny_model)
+    moments, first = (
+        models.encoder.get_layer("quant_conv"),
+        models.decoder.get_layer("post_quant_conv"),
+    )
+    negated = np.repeat(np.float32([-1, 1]), 4)  # means, not variances
+    moments.kernel.assign(moments.kernel * negated)
+    moments.bias.assign(moments.bias * negated)
+    first.kernel.assign(-1 * first.kernel)
+    save(models, tmp_path / "other")
 
-    result = run(tiny_model, tiny_model / "vae", tmp_path / "same")
+    arguments = [tiny_model, tmp_path / "other" / "vae", tmp_path / "swapped"]
+    result = CliRunner().invoke(swap_autoencoder.main, [*map(str, arguments)])
     assert result.exit_code == 0, result.output
-    for before, after in zip(
-        load(tiny_model).unet.weights, load(tmp_path / "same").unet.weights, strict=True
-    ):
-        np.testing.assert_allclose(after, before, rtol=1e-2, atol=1e-3)  # by the rotation of none
+    swapped, before = load(tmp_path / "swapped"), load(tiny_model)
+    for name in ("conv_in", "conv_out"):
+        kernel, own = (m.unet.get_layer(name).kernel for m in (swapped, before))
+        np.testing.assert_allclose(kernel, -1 * own, rtol=1e-2, atol=1e-3)
+    kernel, own = (m.decoder.get_layer("post_quant_conv").kernel for m in (swapped, before))
+    np.testing.assert_allclose(kernel, -1 * own, rtol=1e-2, atol=1e-3)
 
 
 def test_what_has_no_such_latents_is_refused(tiny_model, tiny_inpainting, tmp_path):

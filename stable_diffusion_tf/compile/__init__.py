@@ -70,7 +70,7 @@ def uses_onednn() -> bool:
 
 
 def runs_ahead() -> bool:
-    """Whether what is compiled returns before it has computed, and takes such results on."""
+    """Whether, on JAX, what is compiled returns before it has computed, and takes such results."""
     return backend().runs_ahead
 
 
@@ -139,7 +139,7 @@ class _Plain:
 
 
 class _TensorFlow:
-    runs_ahead = False  # not on a CPU
+    runs_ahead = False
 
     @staticmethod
     def softmax(x):

@@ -17,7 +17,7 @@ from stable_diffusion_tf.models.layers import (
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
-class TokenEmbedding(layers.Embedding):
+class Embedding(layers.Embedding):  # by which name Keras saves it
     """Keras's, whose vectors are cast after they are looked up, not the whole table before.
 
     So the gradients of a token that a batch has often, such as the padding, add up in float32.
@@ -59,9 +59,9 @@ class TextEncoder(Network):
     def __init__(self, config: TextEncoderConfig, dtype=None, name="text_encoder"):
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         with dtype_policy(dtype):
-            x = TokenEmbedding(
-                config.vocab_size, config.width, name="embeddings.token_embedding"
-            )(token_ids)
+            x = Embedding(config.vocab_size, config.width, name="embeddings.token_embedding")(
+                token_ids
+            )
             x = PositionEmbedding(config.max_length, name="embeddings.position_embedding")(x)
             hidden_states = []
             for i in range(config.layers):

@@ -61,8 +61,8 @@ class Muon(keras.optimizers.Muon):
             own = vectors if self._should_use_adamw(variable) else alike[_matrix(variable.shape)]
             own.append((gradient, variable))
         for shape, pairs in alike.items():
-            momenta = [ops.reshape(self._momentum(*pair), shape) for pair in pairs]
-            stacked = ops.cast(ops.stack(momenta), "bfloat16")
+            momenta = [ops.cast(self._momentum(*pair), "bfloat16") for pair in pairs]
+            stacked = ops.stack([ops.reshape(momentum, shape) for momentum in momenta])
             stacked = self.zeropower_via_newtonschulz5(stacked, self.ns_steps)
             for (_, variable), update in zip(pairs, ops.unstack(stacked), strict=True):
                 update = ops.cast(ops.reshape(update, variable.shape), variable.dtype)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -78,3 +79,9 @@ def test_lora_is_kept_as_part_of_the_kernels(tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(outputs("unet", again), outputs("unet", model), atol=1e-5)
+
+
+def test_the_token_table_is_saved_where_keras_has_its_own(tmp_path):
+    build_part(TINY, "text_encoder", "float32").save_weights(tmp_path / "text.weights.h5")
+    with h5py.File(tmp_path / "text.weights.h5") as file:
+        assert "embedding" in file["layers"]

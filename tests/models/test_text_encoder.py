@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from tiny import TINY
 
+from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.models import TextEncoder
+from stable_diffusion_tf.training.ema import values
 
 IDS = np.random.default_rng(0).integers(49406, size=(2, 9), dtype=np.int32)
 
@@ -62,3 +64,19 @@ def test_the_activation_is_the_one_of_the_config(activation):
     for name, formula in FORMULAS.items():
         error = abs(after - formula(before.astype(np.float64))).max()
         assert error < 1e-6 if name == activation else error > 1e-2
+
+
+def test_a_tokens_gradients_add_up_in_float32_under_mixed_precision():
+    """In bfloat16 they would stop growing at 256; a batch pads thousands of times."""
+    encoder = TextEncoder(TINY.text_encoder, "mixed_bfloat16")
+    layer = encoder.get_layer("embeddings.token_embedding")
+    start = values([layer.embeddings])[0]
+    step = training_step(
+        lambda ids: keras.ops.sum(keras.ops.cast(layer(ids), "float32")),
+        [layer.embeddings],
+        keras.optimizers.SGD(1.0),
+    )
+    step(np.full((10, 77), 3, np.int32))
+    change = values([layer.embeddings])[0] - start
+    np.testing.assert_allclose(change[3], -770, rtol=1e-5)
+    assert not change[:3].any() and not change[4:].any()
