@@ -97,7 +97,7 @@ WARMUP = 200  # of any number of steps: each run can be made longer
     "0: there is none.",
 )
 @click.option(
-    "--batch",
+    "--batch-size",
     default=64,
     show_default=True,
     type=click.IntRange(1),
@@ -169,7 +169,7 @@ def main(
     steps,
     decoder_steps,
     adversary_weight,
-    batch,
+    batch_size,
     dtype,
     rate,
     norm,
@@ -201,13 +201,13 @@ def main(
         captions, shown = captions + turned, np.concatenate([shown, pictures])
     least = max(  # of the stages that there are
         AUTOENCODER_BATCH if source is None else 1,
-        batch if steps else 1,
+        batch_size if steps else 1,
         DECODER_BATCH if decoder_steps else 1,
     )
     if len(shown) < least or known.all():
         raise click.ClickException(
             f"{len(shown)} artworks to learn and {(~known).sum()} held out are too few: a batch "
-            f"takes {least}, a preview 1. Add more, or take a smaller --batch"
+            f"takes {least}, a preview 1. Add more, or take a smaller --batch-size"
         )
 
     if source is None:
@@ -232,7 +232,7 @@ def main(
             scales=scales,
             steps=steps,
             seed=seed,
-            batch_size=batch,
+            batch_size=batch_size,
             save_every=save_every,
             folder=runs / "diffusion",
             jit=jit,
