@@ -17,7 +17,7 @@ from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
 PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
-ROWS = 32  # of a tensor that are put in order at a time: few enough for a processor's caches
+BLOCK = 2**20  # bytes of a tensor that are put in order at a time, in a processor's caches
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Table:
             found = file.shape(name)
             pointwise = re.search(self.pointwise, today) and found == (*whole, 1, 1)
             misfits += misfit(file, name, whole if not pointwise else found)
-            matches.append(Match(variable, file, name, shape, axes, piece, pieces))
+            matches.append(Match(variable, file, name, shape, axes, piece))
         extra += [name for name in stored.values() if name not in used]
         refuse(
             file,
@@ -118,8 +118,7 @@ class Match:
     name: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]
-    piece: int = 0
-    pieces: int = 1
+    piece: int = 0  # of so many rows each
 
     def read(self) -> np.ndarray:
         """The variable's value: the tensor in the variable's dtype and order of axes.
@@ -128,27 +127,35 @@ class Match:
             CheckpointError: it cannot be read; or it has a NaN or an infinity, as stored or in the
                 variable's dtype.
         """
+        value = empty([self.shape[axis] for axis in self.axes], self.variable.dtype)
+        as_stored = value.transpose(np.argsort(self.axes))
+        step = max(1, BLOCK // (math.prod(self.shape[1:]) * self.file.dtype(self.name).itemsize))
+        for row in range(0, self.shape[0], step):
+            stored = self._rows(row, min(row + step, self.shape[0]))
+            with np.errstate(over="ignore"):
+                block = stored.astype(value.dtype, copy=False)
+            if not np.isfinite(block).all():
+                cause = (
+                    f"is too large for {self.variable.dtype}; load it as float32"
+                    if np.isfinite(stored).all()
+                    else "has NaN or infinite values; download it again, or take another checkpoint"
+                )
+                raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
+            as_stored[row : row + step] = block
+        return value
+
+    def _rows(self, first: int, end: int) -> np.ndarray:
+        """Some of the tensor's rows, or of its piece's."""
+        before = self.piece * self.shape[0]
         try:
-            tensor = self.file.read(self.name).reshape(self.pieces, *self.shape)[self.piece]
+            rows = self.file.read(self.name, slice(before + first, before + end))
+            return rows.reshape(end - first, *self.shape[1:])
         except CheckpointError:
             raise
         except (OSError, ValueError, OverflowError) as error:  # whatever a hostile file leads to
             raise CheckpointError(
                 f"{self.file.path}: {self.name} cannot be read: {error}"
             ) from error
-        value = empty([self.shape[axis] for axis in self.axes], self.variable.dtype)
-        as_stored = value.transpose(np.argsort(self.axes))
-        with np.errstate(over="ignore"):
-            for row in range(0, len(tensor), ROWS):
-                as_stored[row : row + ROWS] = tensor[row : row + ROWS]
-        if not np.isfinite(value).all():
-            cause = (
-                f"is too large for {self.variable.dtype}; load it as float32"
-                if np.isfinite(tensor).all()
-                else "has NaN or infinite values; download it again, or take another checkpoint"
-            )
-            raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-        return value
 
 
 def empty(shape: Sequence[int], dtype: str) -> np.ndarray:

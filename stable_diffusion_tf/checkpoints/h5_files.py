@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.readers import (
+    ALL,
     KERAS_3,
     MAX_RANK,
     CheckpointError,
-    read_values,
+    read_rows,
     regular_file,
 )
 
@@ -69,11 +70,10 @@ class H5File:
     def dtype(self, name: str) -> np.dtype:
         return self._places[name][0]
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         dtype, shape, offset = self._places[name]
-        values = read_values(self.path, self._version, dtype, math.prod(shape), offset)
-        return values.reshape(shape)
+        return read_rows(self.path, self._version, dtype, shape, offset, rows)
 
 
 def read_structure(path: Path) -> dict:

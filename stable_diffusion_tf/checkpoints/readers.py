@@ -24,8 +24,14 @@ KERAS_3 = (
 )
 
 
+ALL = slice(None)
+
+
 class TensorFile(Protocol):
-    """Named tensors on disk. Shapes and dtypes are known at once; values are read on request."""
+    """Named tensors on disk. Shapes and dtypes are known at once; values are read on request.
+
+    `rows` are those of a tensor's first axis, side by side; only what they take is read.
+    """
 
     path: Path
 
@@ -36,7 +42,7 @@ class TensorFile(Protocol):
 
     def dtype(self, name: str) -> np.dtype: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray: ...
 
 
 DTYPES = {
@@ -103,12 +109,10 @@ class SafetensorsFile:
     def dtype(self, name: str) -> np.dtype:
         return self._entries[name].dtype
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         entry = self._entries[name]
-        count = math.prod(entry.shape)
-        values = read_values(self.path, self._version, entry.dtype, count, entry.start)
-        return values.reshape(entry.shape)
+        return read_rows(self.path, self._version, entry.dtype, entry.shape, entry.start, rows)
 
 
 class Version(NamedTuple):
@@ -121,6 +125,17 @@ class Version(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> "Version":
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def read_rows(
+    path: Path, version: Version, dtype: np.dtype, shape: tuple[int, ...], start: int, rows: slice
+) -> np.ndarray:
+    """Rows of the tensor of `shape` at the byte `start` of a file. Errors as of `read_values`."""
+    if shape:
+        first, end, _ = rows.indices(shape[0])
+        start += first * math.prod(shape[1:]) * dtype.itemsize
+        shape = (end - first, *shape[1:])
+    return read_values(path, version, dtype, math.prod(shape), start).reshape(shape)
 
 
 def read_values(

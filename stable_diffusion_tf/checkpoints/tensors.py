@@ -7,6 +7,7 @@ import numpy as np
 
 from stable_diffusion_tf.checkpoints.h5_files import H5File
 from stable_diffusion_tf.checkpoints.readers import (
+    ALL,
     CheckpointError,
     SafetensorsFile,
     TensorFile,
@@ -62,8 +63,8 @@ class ShardedFile:
     def dtype(self, name: str) -> np.dtype:
         return self._places[name].dtype(name)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._places[name].read(name)
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        return self._places[name].read(name, rows)
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:

@@ -8,7 +8,7 @@ read by our own machine (`pickles`), the numbers straight from the file, one ten
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,7 @@ from stable_diffusion_tf.checkpoints.pickles import (
     skip,
 )
 from stable_diffusion_tf.checkpoints.readers import (
+    ALL,
     KERAS_3,
     MAX_RANK,
     CheckpointError,
@@ -80,7 +81,19 @@ class _Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements, like the offset
-    size: int  # elements of the storage from the first to the last
+
+    @property
+    def size(self) -> int:
+        """Elements of the storage from the first to the last."""
+        steps = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return 1 + steps if all(self.shape) else 0
+
+    def rows(self, rows: slice) -> "_Tensor":
+        if not self.shape:
+            return self
+        first, end, _ = rows.indices(self.shape[0])
+        offset, shape = self.offset + first * self.strides[0], (end - first, *self.shape[1:])
+        return replace(self, offset=offset, shape=shape)
 
 
 class TorchFile:
@@ -114,9 +127,9 @@ class TorchFile:
     def dtype(self, name: str) -> np.dtype:
         return self._tensors[name].storage.dtype
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
-        tensor = self._tensors[name]
+        tensor = self._tensors[name].rows(rows)
         storage, dtype = tensor.storage, tensor.storage.dtype
         start = self._starts[storage.key] + tensor.offset * dtype.itemsize
         values = read_values(self.path, self._version, dtype, tensor.size, start)
@@ -309,13 +322,12 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: 
         or len(shape) > MAX_RANK
     ):
         raise PickleError("it describes a tensor in no way that PyTorch does")
-    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    size = size if all(shape) else 0
-    if offset + size > storage.count:
-        raise PickleError("it describes a tensor that is larger than its storage")
     # An axis of one element is never stepped along, so that its stride may be anything.
     strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
-    return _Tensor(storage, offset, shape, strides, size)
+    tensor = _Tensor(storage, offset, shape, strides)
+    if offset + tensor.size > storage.count:
+        raise PickleError("it describes a tensor that is larger than its storage")
+    return tensor
 
 
 def _rebuild_parameter(tensor: Any, *rest: Any) -> _Tensor:

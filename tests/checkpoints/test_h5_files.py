@@ -37,6 +37,7 @@ def test_weights_are_read_in_keras_s_order(path):
     assert file.names == ["dense/dense/kernel:0", "dense/dense/bias:0"]
     assert file.shape(file.names[0]) == (2, 3)
     np.testing.assert_array_equal(file.read(file.names[0]), KERNEL)
+    np.testing.assert_array_equal(file.read(file.names[0], slice(1, 2)), KERNEL[1:])
     np.testing.assert_array_equal(file.read(file.names[1]), np.ones(3, np.float16))
 
 

@@ -52,6 +52,8 @@ def test_what_was_saved_is_read(path):
     for name, tensor in TENSORS.items():
         assert (file.shape(name), file.dtype(name)) == (tensor.shape, tensor.dtype)
         np.testing.assert_array_equal(file.read(name), tensor)
+        for rows in (slice(1, 2), slice(1, None)) if tensor.ndim else ():
+            np.testing.assert_array_equal(file.read(name, rows), tensor[rows])
 
 
 def test_a_tensor_that_is_not_contiguous_is_saved_as_it_reads(path):

@@ -78,6 +78,7 @@ def test_tensors_may_share_a_storage(tmp_path):
     path = tmp_path / "shared.pt"
     path.write_bytes(archive(table(items), {"0": np.arange(6, dtype=np.float32).tobytes()}))
     np.testing.assert_array_equal(open_tensors(path).read("a"), [[1, 2], [4, 5]])
+    np.testing.assert_array_equal(open_tensors(path).read("a", slice(1, 2)), [[4, 5]])
     np.testing.assert_array_equal(open_tensors(path).read("b"), np.zeros(5))
 
 
