@@ -17,7 +17,7 @@ from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
 PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
-BLOCK = 2**20  # bytes of a tensor that are put in order at a time, in a processor's caches
+BLOCK = 2**20  # bytes of a tensor that are put in order at a time, or one row: in the caches
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Match:
     name: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]
-    piece: int = 0  # of so many rows each
+    piece: int = 0  # which of the tensors of this shape that the file has stacked in one
 
     def read(self) -> np.ndarray:
         """The variable's value: the tensor in the variable's dtype and order of axes.
@@ -129,7 +129,8 @@ class Match:
         """
         value = empty([self.shape[axis] for axis in self.axes], self.variable.dtype)
         as_stored = value.transpose(np.argsort(self.axes))
-        step = max(1, BLOCK // (math.prod(self.shape[1:]) * self.file.dtype(self.name).itemsize))
+        row_bytes = math.prod(self.shape[1:]) * self.file.dtype(self.name).itemsize
+        step = max(1, BLOCK // row_bytes) if self._by_rows() else self.shape[0]
         for row in range(0, self.shape[0], step):
             stored = self._rows(row, min(row + step, self.shape[0]))
             with np.errstate(over="ignore"):
@@ -137,19 +138,25 @@ class Match:
             if not np.isfinite(block).all():
                 cause = (
                     f"is too large for {self.variable.dtype}; load it as float32"
-                    if np.isfinite(stored).all()
+                    if np.isfinite(self._rows(0, self.shape[0])).all()
                     else "has NaN or infinite values; download it again, or take another checkpoint"
                 )
                 raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
             as_stored[row : row + step] = block
         return value
 
+    def _by_rows(self) -> bool:
+        """Whether its rows can be read some at a time, as those of the tensor, or of a piece."""
+        stored = self.file.shape(self.name)
+        return math.prod(stored[1:]) == math.prod(self.shape[1:]) and self.file.by_rows(self.name)
+
     def _rows(self, first: int, end: int) -> np.ndarray:
-        """Some of the tensor's rows, or of its piece's."""
         before = self.piece * self.shape[0]
+        rows = slice(before + first, before + end)
         try:
-            rows = self.file.read(self.name, slice(before + first, before + end))
-            return rows.reshape(end - first, *self.shape[1:])
+            if self._by_rows():
+                return self.file.read(self.name, rows).reshape(-1, *self.shape[1:])
+            return self.file.read(self.name).reshape(-1, *self.shape[1:])[rows]
         except CheckpointError:
             raise
         except (OSError, ValueError, OverflowError) as error:  # whatever a hostile file leads to

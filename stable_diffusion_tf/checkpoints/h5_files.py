@@ -70,6 +70,9 @@ class H5File:
     def dtype(self, name: str) -> np.dtype:
         return self._places[name][0]
 
+    def by_rows(self, name: str) -> bool:
+        return True
+
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """The tensor's values, in its stored dtype."""
         dtype, shape, offset = self._places[name]

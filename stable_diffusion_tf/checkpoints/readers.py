@@ -30,7 +30,8 @@ ALL = slice(None)
 class TensorFile(Protocol):
     """Named tensors on disk. Shapes and dtypes are known at once; values are read on request.
 
-    `rows` are those of a tensor's first axis, side by side; only what they take is read.
+    `rows`, without a step, are those of a tensor's first axis. `by_rows` says whether they alone
+    are read; else, as of a transposed tensor of PyTorch's, what lies between them is read too.
     """
 
     path: Path
@@ -41,6 +42,8 @@ class TensorFile(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> np.dtype: ...
+
+    def by_rows(self, name: str) -> bool: ...
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray: ...
 
@@ -108,6 +111,9 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> np.dtype:
         return self._entries[name].dtype
+
+    def by_rows(self, name: str) -> bool:
+        return True
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """The tensor's values, in its stored dtype."""

@@ -63,6 +63,9 @@ class ShardedFile:
     def dtype(self, name: str) -> np.dtype:
         return self._places[name].dtype(name)
 
+    def by_rows(self, name: str) -> bool:
+        return self._places[name].by_rows(name)
+
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         return self._places[name].read(name, rows)
 

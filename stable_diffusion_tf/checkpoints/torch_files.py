@@ -89,7 +89,7 @@ class _Tensor:
         return 1 + steps if all(self.shape) else 0
 
     def rows(self, rows: slice) -> "_Tensor":
-        if not self.shape:
+        if not self.shape:  # a number
             return self
         first, end, _ = rows.indices(self.shape[0])
         offset, shape = self.offset + first * self.strides[0], (end - first, *self.shape[1:])
@@ -126,6 +126,10 @@ class TorchFile:
 
     def dtype(self, name: str) -> np.dtype:
         return self._tensors[name].storage.dtype
+
+    def by_rows(self, name: str) -> bool:
+        tensor = self._tensors[name]
+        return bool(tensor.shape) and tensor.rows(slice(1)).size <= tensor.strides[0]
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """The tensor's values, in its stored dtype."""

@@ -12,6 +12,7 @@ import pytest
 import synth
 from tiny import FILES, TINY
 
+from stable_diffusion_tf.checkpoints import fit
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.compvis import tables
 from stable_diffusion_tf.checkpoints.diffusers import TABLES
@@ -23,6 +24,11 @@ from stable_diffusion_tf.checkpoints.save import check_target
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 
 FILE_OF = {"text_encoder": "text_encoder", "unet": "unet", "encoder": "vae", "decoder": "vae"}
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    monkeypatch.setattr(fit, "BLOCK", 1000)
 
 
 def check(checkpoint, weights, parts=PARTS):

@@ -260,6 +260,18 @@ def test_overflow_of_the_model_s_dtype_is_named(tiny_folder, tiny_weights):
         load_part(tiny_folder, "decoder", dtype="float16")
 
 
+def test_a_number_that_is_not_finite_is_found_in_any_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "BLOCK", 20)
+    stored = np.ones((7, 5), np.float32)
+    stored[0, 0], stored[6, 4] = 1e6, np.nan  # what float32 would mend, and what it would not
+    save_safetensors({"weight": stored}, tmp_path / "weights.safetensors")
+    file = SafetensorsFile(tmp_path / "weights.safetensors")
+    for dtype in ("float32", "float16"):
+        variable = keras.Variable(np.zeros((7, 5)), dtype=dtype)
+        with pytest.raises(CheckpointError, match="weight has NaN or infinite"):
+            Match(variable, file, "weight", (7, 5), (0, 1)).read()
+
+
 def test_missing_files_are_all_named(tiny_folder):
     (tiny_folder / "unet/config.json").unlink()
     (tiny_folder / FILES["vae"]).unlink()

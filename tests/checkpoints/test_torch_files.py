@@ -7,6 +7,7 @@ import struct
 import sys
 import zipfile
 from io import BytesIO
+from types import SimpleNamespace
 
 import layouts
 import ml_dtypes
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from layouts import integer, said, storage, tensor, text
 
+from stable_diffusion_tf.checkpoints.fit import Match
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.checkpoints.tensors import open_tensors
 from stable_diffusion_tf.checkpoints.torch_files import TorchFile
@@ -80,6 +82,21 @@ def test_tensors_may_share_a_storage(tmp_path):
     np.testing.assert_array_equal(open_tensors(path).read("a"), [[1, 2], [4, 5]])
     np.testing.assert_array_equal(open_tensors(path).read("a", slice(1, 2)), [[4, 5]])
     np.testing.assert_array_equal(open_tensors(path).read("b"), np.zeros(5))
+
+
+def test_rows_that_lie_in_each_other_are_not_read_alone(tmp_path):
+    items = text("rows") + tensor("<f4", "0", (3, 2), count=6, strides=(2, 1))
+    items += text("turned") + tensor("<f4", "0", (2, 3), count=6, strides=(1, 2))
+    items += text("same") + tensor("<f4", "0", (2, 3), count=6, strides=(0, 1))
+    path = tmp_path / "turned.pt"
+    path.write_bytes(archive(table(items), {"0": np.arange(6, dtype=np.float32).tobytes()}))
+    file = open_tensors(path)
+    assert [file.by_rows(name) for name in file.names] == [True, False, False]
+    for name in file.names:
+        np.testing.assert_array_equal(file.read(name, slice(1, 2)), file.read(name)[1:2])
+        variable = SimpleNamespace(dtype="float32")
+        match = Match(variable, file, name, file.shape(name), (0, 1))
+        np.testing.assert_array_equal(match.read(), file.read(name))
 
 
 def test_an_axis_of_one_element_may_have_any_stride(tmp_path):
