@@ -3,7 +3,7 @@
 import math
 import mmap
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stable_diffusion_tf.checkpoints.readers import CheckpointError, TensorFile
+from stable_diffusion_tf.checkpoints.readers import ALL, CheckpointError, TensorFile
 from stable_diffusion_tf.checkpoints.tensors import stored_in
 from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
 PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
-BLOCK = 2**20  # bytes of a tensor that are put in order at a time, or one row: in the caches
+BLOCK = 2**20  # bytes that are put in order at a time, in a processor's caches; at least a row
 
 
 @dataclass(frozen=True)
@@ -129,34 +129,35 @@ class Match:
         """
         value = empty([self.shape[axis] for axis in self.axes], self.variable.dtype)
         as_stored = value.transpose(np.argsort(self.axes))
-        row_bytes = math.prod(self.shape[1:]) * self.file.dtype(self.name).itemsize
-        step = max(1, BLOCK // row_bytes) if self._by_rows() else self.shape[0]
-        for row in range(0, self.shape[0], step):
-            stored = self._rows(row, min(row + step, self.shape[0]))
+        row = 0
+        for stored in self._blocks():
             with np.errstate(over="ignore"):
                 block = stored.astype(value.dtype, copy=False)
             if not np.isfinite(block).all():
                 cause = (
                     f"is too large for {self.variable.dtype}; load it as float32"
-                    if np.isfinite(self._rows(0, self.shape[0])).all()
+                    if all(np.isfinite(stored).all() for stored in self._blocks())
                     else "has NaN or infinite values; download it again, or take another checkpoint"
                 )
                 raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-            as_stored[row : row + step] = block
+            as_stored[row : row + len(block)] = block
+            row += len(block)
         return value
 
-    def _by_rows(self) -> bool:
-        """Whether its rows can be read some at a time, as those of the tensor, or of a piece."""
-        stored = self.file.shape(self.name)
-        return math.prod(stored[1:]) == math.prod(self.shape[1:]) and self.file.by_rows(self.name)
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """Its rows, one block after another; in one, where the file has no such rows."""
+        stored, row = self.file.shape(self.name), math.prod(self.shape[1:])
+        first, end = (piece * self.shape[0] for piece in (self.piece, self.piece + 1))
+        if math.prod(stored[1:]) != row or not self.file.by_rows(self.name):
+            yield self._read(ALL)[first:end]
+            return
+        step = max(1, BLOCK // (row * self.file.dtype(self.name).itemsize))
+        for start in range(first, end, step):
+            yield self._read(slice(start, min(start + step, end)))
 
-    def _rows(self, first: int, end: int) -> np.ndarray:
-        before = self.piece * self.shape[0]
-        rows = slice(before + first, before + end)
+    def _read(self, rows: slice) -> np.ndarray:
         try:
-            if self._by_rows():
-                return self.file.read(self.name, rows).reshape(-1, *self.shape[1:])
-            return self.file.read(self.name).reshape(-1, *self.shape[1:])[rows]
+            return self.file.read(self.name, rows).reshape(-1, *self.shape[1:])
         except CheckpointError:
             raise
         except (OSError, ValueError, OverflowError) as error:  # whatever a hostile file leads to

@@ -1,4 +1,4 @@
-"""Weight files as {name: tensor}, one tensor read at a time; nothing in a file is executed."""
+"""Weight files as {name: tensor}, a tensor or some rows read at a time; nothing is executed."""
 
 import json
 import math
@@ -22,9 +22,7 @@ KERAS_3 = (
     "is of Keras 3's own format, which is not read here. Load it into a network built as the one "
     "that was saved, by its `load_weights`; `StableDiffusion.save_pretrained` writes what is read."
 )
-
-
-ALL = slice(None)
+ALL = slice(None)  # rows
 
 
 class TensorFile(Protocol):
