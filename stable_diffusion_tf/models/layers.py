@@ -12,6 +12,7 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.compile import affine, moments, softmax, traced_once, uses_onednn
+from stable_diffusion_tf.models import winograd
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
 
@@ -48,11 +49,14 @@ class Convolution(layers.Conv2D):
     def call(self, x):
         batch, height, width, _ = x.shape
         if None not in (batch, height, width):
+            same, exact = self.padding == "same", self.compute_dtype == "float32" and uses_onednn()
+            if same and exact and winograd.is_shorter(x.shape, self.kernel.shape):
+                return ops.add(winograd.convolve(x, ops.cast(self.kernel, x.dtype)), self.bias)
             # Of one picture, in float32, TensorFlow gives oneDNN the kernel as it is, for which it
             # has no fast loop; of several, it lets it have the kernel as it likes.
-            slow = batch == 1 and self.compute_dtype == "float32" and uses_onednn()
+            slow = exact and batch == 1
             few = batch * height * width <= self.filters
-            if self.padding == "same" and (few or (slow and self.kernel_size == (1, 1))):
+            if same and (few or (slow and self.kernel_size == (1, 1))):
                 return as_product(x, *(ops.cast(w, x.dtype) for w in (self.kernel, self.bias)))
             if slow:
                 return self.in_halves(x)
