@@ -96,20 +96,25 @@ def traced_once(function):
     tensors. `function` is pure, of tensors and of numbers, which are compiled in. The backend is
     asked for at the first call: models can be imported on one that is not supported.
     """
-    traced = cache(lambda: backend().traced_once(function))
-    return wraps(function)(lambda *args: traced()(*args))
+    return _when_called(function, lambda: backend().traced_once(function))
 
 
 def differentiated_as(function):
-    """Decorates what computes the same as `function` in less time, and would keep more for its
-    gradient: TensorFlow takes that of `function`.
+    """Decorates a faster equivalent of `function`, of tensors, that keeps more for its gradient.
+
+    TensorFlow differentiates `function` in its place.
     """
 
     def decorate(fast):
-        decorated = cache(lambda: backend().differentiated_as(function, fast))
-        return wraps(fast)(lambda *args: decorated()(*args))
+        return _when_called(fast, lambda: backend().differentiated_as(function, fast))
 
     return decorate
+
+
+def _when_called(function, made):
+    """`function` as `made()`, which asks for the backend, makes it at the first call."""
+    made = cache(made)
+    return wraps(function)(lambda *args: made()(*args))
 
 
 def from_numpy(array):

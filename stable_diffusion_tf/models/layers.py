@@ -9,6 +9,7 @@ import math
 from contextlib import contextmanager
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from stable_diffusion_tf.compile import affine, moments, softmax, traced_once, uses_onednn
@@ -49,12 +50,13 @@ class Convolution(layers.Conv2D):
     def call(self, x):
         batch, height, width, _ = x.shape
         if None not in (batch, height, width):
-            same, exact = self.padding == "same", self.compute_dtype == "float32" and uses_onednn()
-            if same and exact and winograd.is_shorter(x.shape, self.kernel.shape):
+            same = self.padding == "same"
+            onednn = self.compute_dtype == "float32" and uses_onednn()
+            if same and onednn and winograd.is_shorter(x.shape, self.kernel.shape):
                 return ops.add(winograd.convolve(x, ops.cast(self.kernel, x.dtype)), self.bias)
             # Of one picture, in float32, TensorFlow gives oneDNN the kernel as it is, for which it
             # has no fast loop; of several, it lets it have the kernel as it likes.
-            slow = exact and batch == 1
+            slow = onednn and batch == 1
             few = batch * height * width <= self.filters
             if same and (few or (slow and self.kernel_size == (1, 1))):
                 return as_product(x, *(ops.cast(w, x.dtype) for w in (self.kernel, self.bias)))
@@ -89,12 +91,14 @@ def as_product(x, kernel, bias):
     It is up to 4 times as fast where the kernel outweighs all patches of x.
     """
     _, height, width, _ = x.shape
-    rows, columns, _, filters = kernel.shape
-    if rows * columns > 1:  # else a patch is one position
-        x = ops.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
-        x = ops.concatenate([x[:, :, i : i + width] for i in range(columns)], axis=-1)
-        x = ops.concatenate([x[:, i : i + height] for i in range(rows)], axis=-1)
-    return ops.add(ops.matmul(x, ops.reshape(kernel, (-1, filters))), bias)
+    *sides, _, filters = kernel.shape
+    if math.prod(sides) > 1:  # else a patch is one position
+        x = ops.pad(x, ((0, 0), *((side // 2,) * 2 for side in sides), (0, 0)))
+        x = [x[:, i : i + height, j : j + width] for i, j in np.ndindex(*sides)]
+        x = ops.concatenate(x, axis=-1)
+    # Of rows, TensorFlow adds the bias within the product.
+    y = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), ops.reshape(kernel, (-1, filters)))
+    return ops.reshape(ops.add(y, bias), (-1, height, width, filters))
 
 
 def dense(x, width, name, bias=True):

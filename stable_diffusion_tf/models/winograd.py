@@ -4,8 +4,9 @@ Two by two results y, whose 3x3 kernel is g, are of a 4x4 patch d
 
     y = A [(G g G') * (B d B')] A'
 
-`*` multiplies single values, so that over channels and patches it is 16 matrix products. A matrix
-on both sides of another is its Kronecker product with itself, times the other's values in a row.
+with the transposes of the paper's A and B. `*` multiplies single values, so that over channels and
+patches it is 16 matrix products. A matrix on both sides of another is its Kronecker product with
+itself, times the other's values in a row.
 """
 
 import math
@@ -19,20 +20,23 @@ A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 B = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2
 
-# A value of x is in as many products as there are filters, one of the result in as many as there
-# are channels, one of the kernel in as many as places. How few of them are worth A, B and G, as a
-# third of their harmonic mean, was measured on a CPU.
-FEWEST = 120
-BLOCK = 2**25  # values of patches, or of their results, that are computed in one piece: 128 MB
+# A, B and G are worth their time where what they make is used often: a value of x once a filter, of
+# the result once a channel, of the kernel once a position. The bound on the sum of the reciprocals
+# was measured on a CPU.
+OFTEN = 1 / 120
+
+# Values of patches, or of their results, that are computed in one piece: 128 MB. Of more, blocks
+# are, of which TensorFlow has up to ten at once.
+WHOLE, BLOCK = 2**25, 2**22
 
 
 def is_shorter(shape, kernel_shape):
-    """Whether `convolve` takes an x and a kernel of these shapes, and less time than others do."""
+    """Whether `convolve` can take an x and a kernel of these shapes, and is the faster way to."""
     batch, height, width, channels = shape
     *sides, _, filters = kernel_shape
     if tuple(sides) != (3, 3) or height % 2 or width % 2:
         return False
-    return 1 / filters + 1 / channels + 1 / (batch * height * width) <= 1 / FEWEST
+    return 1 / filters + 1 / channels + 1 / (batch * height * width) <= OFTEN
 
 
 def convolve_directly(x, kernel):
@@ -48,23 +52,23 @@ def convolve(x, kernel):
     kernel = ops.matmul(twice(G, x.dtype), ops.reshape(kernel, (9, -1)))
     kernel = ops.reshape(kernel, (16, channels, filters))
     x = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    places = np.arange(math.prod(x.shape[:3]), dtype="int32").reshape(x.shape[:3])
+    indices = np.arange(math.prod(x.shape[:3]), dtype="int32").reshape(x.shape[:3])
     x = ops.reshape(x, (-1, channels))
-    inside = places[0, :4, :4].reshape(16, 1)
-    rows = batch * height // 2
-    most = max(1, BLOCK // (8 * width * max(channels, filters)))
-    rows_at_once = max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+    patch = indices[0, :4, :4].reshape(16, 1)
+    rows, values = batch * height // 2, 8 * width * max(channels, filters)  # of patches; in a row
+    most = rows if rows * values <= WHOLE else max(1, BLOCK // values)
+    count = max(n for n in range(1, most + 1) if rows % n == 0)
 
-    def block(first):  # places of patches -> (2, 2, rows of them, W / 2, F)
-        patches = ops.take(x, inside + first, axis=0)  # (16, N, C)
+    def block(first):  # indices of where `count` rows of patches begin -> (count, 2, W / 2, 2, F)
+        patches = ops.take(x, patch + first, axis=0)  # (16, count * W / 2, C)
         patches = ops.matmul(twice(B, x.dtype), ops.reshape(patches, (16, -1)))
         y = ops.matmul(ops.reshape(patches, (16, -1, channels)), kernel)
         y = ops.matmul(twice(A, x.dtype), ops.reshape(y, (16, -1)))
-        return ops.reshape(y, (2, 2, rows_at_once, width // 2, filters))
+        return ops.transpose(ops.reshape(y, (2, 2, count, width // 2, filters)), (2, 0, 3, 1, 4))
 
-    first = places[:, :-2:2, :-2:2].reshape(rows // rows_at_once, -1)
-    y = ops.map(block, first) if len(first) > 1 else block(first[0])[None]
-    return ops.reshape(ops.transpose(y, (0, 3, 1, 4, 2, 5)), (batch, height, width, filters))
+    first = indices[:, :-2:2, :-2:2].reshape(rows // count, -1)
+    y = block(first[0]) if len(first) == 1 else ops.map(block, first)
+    return ops.reshape(y, (batch, height, width, filters))
 
 
 def twice(matrix, dtype):
