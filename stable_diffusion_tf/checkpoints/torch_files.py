@@ -2,8 +2,8 @@
 
 `torch.save` pickles a description of the tensors; their numbers lie beside it: since PyTorch 1.6 in
 a zip archive that compresses nothing, before that behind the pickle in the same file. The pickle is
-read by our own machine (`pickles`), the numbers straight from the file, a tensor or
-some of its rows at a time.
+read by our own machine (`pickles`), the numbers straight from the file, a tensor or some of its
+rows at a time.
 """
 
 import os
