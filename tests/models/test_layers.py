@@ -5,6 +5,7 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
+from compare import close
 from keras import layers as plain
 from keras import ops
 
@@ -24,12 +25,6 @@ RNG = np.random.default_rng(0)
 
 def normal(*shape):
     return RNG.standard_normal(shape, dtype=np.float32)
-
-
-def close(found, expected, tolerance=2e-6):
-    found, expected = ops.convert_to_numpy(found), ops.convert_to_numpy(expected)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def twins(ours, theirs, shape):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from compare import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -16,12 +17,6 @@ RNG = np.random.default_rng(0)
 
 def normal(*shape):
     return ops.convert_to_tensor(RNG.standard_normal(shape, dtype=np.float32))
-
-
-def close(found, expected, tolerance=2e-6):
-    found, expected = ops.convert_to_numpy(found), ops.convert_to_numpy(expected)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 @settings(max_examples=30, deadline=None)
