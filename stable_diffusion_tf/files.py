@@ -21,7 +21,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: there is a folder at `path`, empty or not.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    # A name may be as long as the file system lets it be.
+    temporary = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:

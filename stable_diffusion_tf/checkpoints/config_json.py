@@ -5,6 +5,7 @@ refused by name: `SUPPORTED` lists the values of the keys that only have one.
 """
 
 import math
+import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -66,7 +67,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": True,
         "use_quant_conv": True,
     },
-    "scheduler": {"thresholding": False, "trained_betas": None},
+    "scheduler": {"thresholding": False, "trained_betas": None, "use_flow_sigmas": False},
 }
 
 # No model has more, and a network of a billion layers would take forever to fail to load.
@@ -81,6 +82,7 @@ UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 PAD_TOKENS = {"!": 0, "<|endoftext|>": 49407}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 BETAS = ("linear", "scaled_linear")
+NO_BETAS = r"^(Flow|EDM|CM|Cosine|KarrasVe|VQ|IPNDM|ScoreSde)"  # schedulers of other kinds of noise
 SPACINGS = ("leading", "trailing", "linspace")
 ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -302,6 +304,8 @@ def _read_schedule(fields: Fields, index: Fields) -> ScheduleConfig:
     All of them set the offset to 1; all but inpainting's turn `clip_sample` off.
     """
     fields.only(SUPPORTED["scheduler"])
+    if re.search(NO_BETAS, str(fields.values.get("_class_name"))):
+        fields.refuse("_class_name", "a scheduler of betas, such as DDIMScheduler,")
     if index.values["_class_name"] == INPAINT:
         fields.only({"clip_sample": False})
     ours = OURS in index.values

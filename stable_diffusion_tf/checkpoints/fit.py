@@ -139,8 +139,9 @@ class Match:
             with np.errstate(over="ignore"):
                 block = stored.astype(value.dtype, copy=False)
             if not np.isfinite(block).all():
+                wider = "" if self.variable.dtype == "float32" else "; load it as float32"
                 cause = (
-                    f"is too large for {self.variable.dtype}; load it as float32"
+                    f"is too large for {self.variable.dtype}{wider}"
                     if all(np.isfinite(stored).all() for stored in self._blocks())
                     else "has NaN or infinite values; download it again, or take another checkpoint"
                 )

@@ -82,6 +82,9 @@ def _place(weight: h5py.Group | h5py.Dataset, name: str) -> tuple[str, list[int]
     offset = weight.id.get_offset()
     if offset is None and weight.size:
         raise ValueError(f"{name} has no values")
+    # h5py tells of the type nearest to the one on the disk; files may describe floats of any kind.
+    if weight.dtype.kind == "f" and h5py.h5t.py_create(weight.dtype) != weight.id.get_type():
+        raise ValueError(f"{name} has floats of a kind that NumPy has not: save it as float32")
     return weight.dtype.str, list(weight.shape), offset or 0
 
 

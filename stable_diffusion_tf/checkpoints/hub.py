@@ -57,7 +57,8 @@ def fetch(file: HubFile) -> Path:
     Raises:
         DownloadError: it cannot be had, or is damaged.
     """
-    there_before = _entries(file.repo)
+    with _explained(file):
+        there_before = _entries(file.repo)
     path = cached(file)
     if path is None:
         announce(file.repo, file.license, file.sha256 is not None)
@@ -167,12 +168,13 @@ def announce(repo: str, license: str, pinned: bool) -> None:
 
 
 def _hub_hash(file: HubFile) -> str | None:
-    """What the hub says the file hashes to; for caches without links, which do not keep it."""
+    """What the hub says the file hashes to, if it does; caches without links do not keep it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     with _explained(file):
         url = hf_hub_url(file.repo, file.name, revision=file.revision)
-        return get_hf_file_metadata(url).etag
+        said = get_hf_file_metadata(url).etag
+    return said if said and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said) else None
 
 
 def _hash(path: Path, like: str) -> str:
@@ -187,22 +189,26 @@ def _hash(path: Path, like: str) -> str:
 
 def _target(path: Path) -> Path:
     """The file that the cache's entry `path` stands for: where its link leads, or itself."""
-    return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    stored = path.parent / os.readlink(path) if path.is_symlink() else path
+    return Path(os.path.realpath(stored.parent), stored.name)
+
+
+def _cache() -> Path:
+    """Where the cache is, without links on the way, as huggingface_hub gives what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(os.path.realpath(constants.HF_HUB_CACHE))
 
 
 def _in_cache(stored: Path) -> bool:
     """Whether a file is where the cache puts those that it names by their hashes."""
-    from huggingface_hub import constants
-
-    blobs, cache = stored.parent, os.path.normpath(constants.HF_HUB_CACHE)
-    return blobs.name == "blobs" and blobs.parent.parent == Path(cache)
+    blobs = stored.parent
+    return blobs.name == "blobs" and blobs.parent.parent == _cache()
 
 
 def _entries(repo: str) -> set[Path]:
     """All that the cache has of a repository."""
-    from huggingface_hub import constants
-
-    return set(Path(constants.HF_HUB_CACHE).glob(f"models--{repo.replace('/', '--')}/**/*"))
+    return set(_cache().glob(f"models--{repo.replace('/', '--')}/**/*"))
 
 
 AGAIN = "Try again later"

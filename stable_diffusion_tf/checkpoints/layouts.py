@@ -24,12 +24,13 @@ def _diffusers(*parts: str) -> Callable[..., Mapping[str, PartTable]]:
 
 # The first that fits holds.
 REFUSED = (
-    (r"lora_|\.lora\.|\.hada_w", "a LoRA, which changes a model and is none"),
+    (r"lora_|[._]lora\.|\.hada_w", "a LoRA, which changes a model and is none"),
     (r"^(string_to_param|emb_params)", "a textual inversion, which is a word and no model"),
     (r"^(control_model|controlnet_\w+)\.", "a ControlNet, which steers a model and is none"),
+    (r"^(encoder|decoder)\.layers\.\d+\.(weight|conv\.)", "a tiny autoencoder (TAESD)"),
     (r"temporal|time_mixer|time_stack", "a video model"),
     (
-        r"^conditioner\.|(^|\.)add_embedding\.|(input|down)_blocks\..*\.transformer_blocks\.1\.",
+        r"^conditioner\.|(^|\.)add_embedding\.|(input|down)_blocks\.[\w.]{,20}\.transformer_blocks\.1\.",
         "a Stable Diffusion XL model",
     ),
     (r"(label_emb|class_embedding)\.weight$", "the x4 upscaler or another model with labels"),

@@ -179,4 +179,4 @@ def _prediction(file: TensorFile) -> str | None:
         text = config.read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)
         said = found[1] if found else None
-    return {"v": "v", **PREDICTIONS}.get(said)
+    return {"v": "v", "eps": "epsilon", **PREDICTIONS}.get(said)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 
@@ -166,9 +167,16 @@ def save_safetensors(
     path: str | os.PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, for its owner only; `atomic_path` makes it whole and readable."""
+    """Write a safetensors file, for its owner only; `atomic_path` makes it whole and readable.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
+    try:
+        save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def regular_file(path: Path) -> Version:

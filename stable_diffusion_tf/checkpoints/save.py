@@ -50,10 +50,18 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> N
     """
     target = Path(target)
     check_target(target, dtype, models.config)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write = write_file if _is_file(target) else write_folder
-    with atomic_path(target) as temporary:
-        write(models, temporary, dtype)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary:
+            write(models, temporary, dtype)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        cause = error.strerror or error
+        raise OSError(
+            f"{target} could not be written: {cause}. Make room, or name another target."
+        ) from error
 
 
 def convert(
@@ -153,11 +161,14 @@ def export(
             value = value + _product(adapted[variable.path])
         value = value.transpose(np.argsort(axes))
         with np.errstate(over="ignore"):
-            value = value.astype(DTYPES[dtype])
+            value = value.astype(DTYPES[dtype], order="C")
         if not np.isfinite(value).all():
             raise ValueError(f"{name} of the {part} has values that are not finite in {dtype}.")
         pieces.setdefault(name, []).append(value)
-    return {name: np.concatenate(values) for name, values in pieces.items()}
+    return {
+        name: values[0] if len(values) == 1 else np.concatenate(values)  # which would be a copy
+        for name, values in pieces.items()
+    }
 
 
 def _adapted(model: keras.Model) -> dict[str, keras.layers.Layer]:

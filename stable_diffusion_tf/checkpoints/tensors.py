@@ -37,9 +37,12 @@ class ShardedFile:
         self.path = Path(path)
         places = read_json(self.path).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-            raise CheckpointError(f"{self.path}: its 'weight_map' does not map names to files.")
+            raise CheckpointError(
+                f"{self.path} is JSON, and no 'weight_map' in it maps names to files. Take weights "
+                "or the index of their shards; of a failed download only an error message stays."
+            )
         for shard in set(places.values()):
-            if shard != Path(shard).name or "\\" in shard:
+            if shard != Path(shard).name or shard in ("", "..") or "\\" in shard:
                 raise CheckpointError(f"{self.path}: {shard!r} is not a file beside the index.")
         shards = {s: _open_one(self.path.parent / s) for s in sorted(set(places.values()))}
         self.shards = tuple(shards.values())

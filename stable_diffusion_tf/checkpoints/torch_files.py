@@ -319,6 +319,8 @@ def _unpickle(data: bytes) -> tuple[Any, dict[str, _Storage], int]:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    if any(rest[2:]):  # after what training needs
+        raise PickleError("it describes a tensor that is negated or conjugated when it is read")
     if (
         type(storage) is not _Storage
         or not _is_size(offset)

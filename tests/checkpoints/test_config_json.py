@@ -91,6 +91,20 @@ def test_the_pad_token_is_read_from_the_tokenizer_folder(tmp_path, files, pad_to
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a scheduler of betas"),
+        ({"_class_name": "EDMEulerScheduler"}, "a scheduler of betas"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+    ],
+)
+def test_schedulers_of_other_noise_are_refused(tmp_path, values, message):
+    write_published(tmp_path, SD_2_PUBLISHED | {SCHEDULER: values})
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("scheduler", "final_alpha_one"),
     [("PNDMScheduler", False), ("DDIMScheduler", True), ("EulerDiscreteScheduler", False)],
 )

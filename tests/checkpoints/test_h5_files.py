@@ -62,6 +62,16 @@ def external_data(group):
     group.create_dataset("dense/bias:0", (3,), "f4", external=[("/etc/passwd", 0, 12)])
 
 
+def odd_floats(group):
+    """As other programs may describe them: 1, 2 and 3 in bfloat16's bits."""
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_size(2)
+    space = h5py.h5s.create_simple((3,))
+    weight = h5py.h5d.create(group.id, b"dense/bias:0", kind, space)
+    weight.write(h5py.h5s.ALL, h5py.h5s.ALL, np.array([1, 2, 3], "f4"))
+
+
 def virtual(group):
     layout = h5py.VirtualLayout((3,), "f4")
     layout[:] = h5py.VirtualSource("other.h5", "x", (3,))
@@ -121,6 +131,7 @@ BAD = {
         lambda g: g.file.attrs.__delitem__("layer_names"),
         "no weights of Keras 2",
     ),
+    "floats of another kind": (replace("dense/bias:0", odd_floats), "floats of a kind"),
     "a list that is a number": (lambda g: g.attrs.__setitem__("weight_names", 5), "damaged"),
 }
 

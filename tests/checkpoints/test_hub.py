@@ -178,6 +178,28 @@ def test_a_damaged_file_that_was_there_is_left_named_and_not_used(hub, file):
     assert fetch(file).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_the_cache_may_lie_behind_a_link(hub, monkeypatch, tmp_path, links):
+    monkeypatch.setattr(
+        huggingface_hub.file_download, "are_symlinks_supported", lambda _=None: links
+    )
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "link").symlink_to("large_disk")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "link" / ".." / "link"))
+    path = fetch(PINNED)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch(UNPINNED).read_bytes() == CONTENT
+    path.resolve().write_bytes(fake_hub.flip_a_bit(CONTENT))
+    with pytest.raises(DownloadError, match=r"not used\. Delete"):
+        fetch(PINNED)
+    assert path.resolve().exists()
+
+
+def test_what_is_no_hash_says_nothing_of_a_file(hub, monkeypatch):
+    monkeypatch.setattr(fake_hub, "git_hash", lambda content: "9bb58f26192e4ba00f01e2e7b136bbd8-5")
+    assert fetch(HubFile(REPO, "model_index.json")).read_bytes() == b"{}"
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [

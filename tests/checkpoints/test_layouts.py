@@ -365,8 +365,10 @@ def test_what_is_predicted_is_said_by_a_config_or_the_caller(tmp_path):
 
     assert prediction() == "epsilon"
     assert prediction(prediction="v") == "v"
-    path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
-    assert prediction() == "v"
+    config = path.with_suffix(".yaml")
+    for said, expected in (("eps", "epsilon"), ("v", "v")):
+        config.write_text(f'model:\n  params:\n    parameterization: "{said}"\n')
+        assert prediction() == expected
     assert prediction(prediction="epsilon") == "epsilon"
     # The file itself comes before what lies beside it, in ModelSpec's words or in diffusers'.
     for said, expected in (("v", "v"), ("v_prediction", "v"), ("epsilon", "epsilon")):
@@ -435,6 +437,8 @@ def wrong(tmp_path, content):
         ([("class_embedding.linear_1.weight", 1), ("down_blocks.0.x", 1)], "unCLIP"),
         ([("lora_unet_down_blocks_0.alpha", 1)], "a LoRA"),
         ([("unet.down_blocks.0.attn1.to_q.lora.up.weight", 1)], "a LoRA"),
+        ([("unet.down_blocks.0.attn1.processor.to_q_lora.up.weight", 1)], "a LoRA"),
+        ([("encoder.layers.0.weight", 1), ("encoder.layers.1.conv.0.weight", 1)], "TAESD"),
         ([("emb_params", 1)], "a textual inversion"),
         ([("control_model.input_blocks.0.0.weight", 1)], "a ControlNet"),
         ([("model.diffusion_model.joint_blocks.0.x", 1)], "a diffusion transformer"),

@@ -261,6 +261,14 @@ def test_overflow_of_the_model_s_dtype_is_named(tiny_folder, tiny_weights):
         load_part(tiny_folder, "decoder", dtype="float16")
 
 
+def test_what_float32_cannot_hold_is_not_to_be_loaded_as_it(tmp_path):
+    save_safetensors({"weight": np.full(3, 1e300)}, tmp_path / "weights.safetensors")
+    file = SafetensorsFile(tmp_path / "weights.safetensors")
+    variable = keras.Variable(np.zeros(3), dtype="float32")
+    with pytest.raises(CheckpointError, match=r"weight is too large for float32\.$"):
+        Match(variable, file, "weight", (3,), (0,)).read()
+
+
 def test_a_number_that_is_not_finite_is_found_in_any_block(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "MOST", 20)
     stored = np.ones((7, 5), np.float32)

@@ -6,15 +6,17 @@ import keras
 import numpy as np
 import pytest
 import synth
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tiny import FILES, TINY
 
 from stable_diffusion_tf import pipeline
+from stable_diffusion_tf.checkpoints import readers
 from stable_diffusion_tf.checkpoints import save as checkpoints_save
 from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
 from stable_diffusion_tf.checkpoints.readers import SafetensorsFile
-from stable_diffusion_tf.checkpoints.save import check_target, convert, save, write_file
+from stable_diffusion_tf.checkpoints.save import check_target, convert, export, save, write_file
 from stable_diffusion_tf.config import SD_1, SD_1_INPAINT, SD_2, SD_2_BASE
 from stable_diffusion_tf.tokenizer import Tokenizer
 
@@ -63,6 +65,28 @@ def test_each_file_is_put_on_the_disk_once(tmp_path, models, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced.append)
     save(models, tmp_path / "saved")
     assert len(synced) == len(files(tmp_path))
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, models, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(readers, "save_file", full)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(OSError, match=r"saved could not be written: .*No space left"):
+        save(models, tmp_path / "saved")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_name_may_be_as_long_as_any(tmp_path, models):
+    save(models, tmp_path / (240 * "n"))
+    assert (tmp_path / (240 * "n") / "model_index.json").exists()
+
+
+def test_weights_are_not_copied_to_be_written(models):
+    for part in ("unet", "text_encoder"):
+        for array in export(part, getattr(models, part)).values():
+            assert array.flags.c_contiguous
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, models):

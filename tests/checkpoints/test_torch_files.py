@@ -177,6 +177,9 @@ OPCODES = {
     "rebuild without arguments": said("torch._utils", "_rebuild_tensor_v2") + b")R",
     "rebuild of text": said("torch._utils", "_rebuild_tensor_v2") + b"(" + text("x") * 4 + b"tR",
     "rebuild of a number": said("torch._utils", "_rebuild_parameter") + b"(NNNtR",
+    "a tensor that is negated when it is read": said("torch._utils", "_rebuild_tensor_v2") + b"("
+    + storage("<f4", "0", 2) + integer(0) + b"(" + integer(2) + b"t(" + integer(1) + b"t\x89N}"
+    + text("neg") + b"\x88stR",
     "a tensor beyond its storage": tensor("<f4", "0", (2,), offset=1, count=2),
     "a negative offset": tensor("<f4", "0", (2,), offset=-1),
     "negative strides": tensor("<f4", "0", (2,), strides=(-1,)),
@@ -267,6 +270,8 @@ def test_reading_is_bounded(nothing_happens):
     pairs = b"](" + b"(NNt" * 50_000 + b"eq\x01"
     again = said("collections", "OrderedDict") + b"q\x02(h\x01tR" + b"0h\x02(h\x01tR" * 50
     assert "more than 400000 steps" in refused(archive(one(pairs + again)))
+    encode = b"c_codecs\nencode\nq\x00(" + b"N" * 50_000 + b"tq\x010"
+    assert "more than 400000 steps" in refused(archive(one(encode + b"0h\x00h\x01R" * 50)))
     assert "more than any checkpoint's" in refused(archive(one(b"") + bytes(17 * 2**20)))
 
 
