@@ -195,7 +195,11 @@ def main() -> None:
     help="0 to 1: against the washed-out colours of strong guidance.",
 )
 @setting(
-    "--image", "input_image", metavar="FILE", type=click.Path(), help="A picture to draw over."
+    "--image",
+    "input_image",
+    metavar="FILE",
+    type=click.Path(),
+    help="A picture to draw over; one of another shape is stretched, crop it first.",
 )
 @setting(
     "--mask",
@@ -231,7 +235,8 @@ def main() -> None:
     "--dtype",
     default="float32",
     show_default=True,
-    help="Of the networks: float32, float16, bfloat16, mixed_float16 or mixed_bfloat16.",
+    help="Of the networks: float32, bfloat16 or mixed_bfloat16; or, for a GPU, float16 or "
+    "mixed_float16, in which a processor can be hundreds of times slower.",
 )
 @setting(
     "--jit/--no-jit",

@@ -29,7 +29,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 FILE = ".safetensors"
-OTHER_FILES = (".bin", ".ckpt", ".h5", ".pt", ".pth")
+OTHER_FILES = (".bin", ".ckpt", ".h5", ".keras", ".pt", ".pth")
 
 
 def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> None:

@@ -227,6 +227,7 @@ def test_conversion_refuses_before_it_loads(tmp_path, tiny_folder):
     for target, dtype, message in (
         (tmp_path / "new", "float32", "new exists"),
         (tmp_path / "a.ckpt", "float32", r"\.ckpt is not written; name a folder, or end in \.safe"),
+        (tmp_path / "a.keras", "float32", r"\.keras is not written; name a folder"),
         (tmp_path / "a", "float8", "not 'float8'"),
     ):
         with pytest.raises((ValueError, FileExistsError), match=message):
