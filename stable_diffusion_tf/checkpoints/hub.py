@@ -96,13 +96,11 @@ def cached(file: HubFile) -> Path | None:
 def expected_hash(file: HubFile, path: Path) -> str | None:
     """What the cached file should hash to: the catalog's SHA-256, else the hub's own if known.
 
-    The hub's is the SHA-256 of a large file and git's SHA-1 of a small one. The cache names the
-    stored file by it, and links `path` there where the file system can.
+    The cache names the stored file by the hub's, and links `path` there where the file system can.
     """
     if file.sha256 is not None:
         return file.sha256
-    name = _target(path).name
-    return name if path.is_symlink() and len(name) in (40, 64) else None
+    return _as_hash(_target(path).name) if path.is_symlink() else None
 
 
 def is_whole(file: HubFile, path: Path) -> bool | None:
@@ -173,8 +171,12 @@ def _hub_hash(file: HubFile) -> str | None:
 
     with _explained(file):
         url = hf_hub_url(file.repo, file.name, revision=file.revision)
-        said = get_hf_file_metadata(url).etag
-    return said if said and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said) else None
+        return _as_hash(get_hf_file_metadata(url).etag)
+
+
+def _as_hash(tag: str | None) -> str | None:
+    """The hub's tag of a file if it is a hash: SHA-256 of a large one, git's SHA-1 of a small."""
+    return tag if tag and len(tag) in (40, 64) else None
 
 
 def _hash(path: Path, like: str) -> str:

@@ -165,8 +165,8 @@ def _run(
                 stack.append(find(f"{_of(str, module)} {_of(str, name)}"))
             case "REDUCE" | "NEWOBJ":
                 args, function = stack.pop(), stack.pop()
-                left -= len(args)
-                left -= sum(len(a) for a in args if type(a) in (list, tuple))  # may be copied
+                copied = sum(len(a) for a in args if type(a) in (list, tuple))  # at most
+                left -= len(args) + copied
                 stack.append(call(function, args))
             case "BUILD":  # attributes of an OrderedDict, or of what is skipped: not needed
                 stack.pop()

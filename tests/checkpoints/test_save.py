@@ -1,5 +1,6 @@
 import os
 import re
+import tracemalloc
 from dataclasses import replace
 
 import keras
@@ -87,6 +88,11 @@ def test_weights_are_not_copied_to_be_written(models):
     for part in ("unet", "text_encoder"):
         for array in export(part, getattr(models, part)).values():
             assert array.flags.c_contiguous
+    tracemalloc.start()
+    arrays = export("unet", models.unet).values()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * sum(array.nbytes for array in arrays)
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, models):
