@@ -161,6 +161,22 @@ def test_emphasis_multiplies_states_and_restores_their_mean():
     np.testing.assert_array_equal(emphasised(0 * states, (1.0, 2.0)), 0 * states)
 
 
+@pytest.mark.parametrize(
+    ("emphatic", "factor"),
+    [
+        (-0.5, 2.5 / 2),  # the ratio of the means, 5.5 / 6 that of the magnitudes
+        (-1.4, 6.4 / 7.8),  # 1.6 / 0.2 would be 8
+        (-1.6, 6.6 / 8.2),  # 1.4 / -0.2 would be -7
+        (-1.5, 6.5 / 8.0),  # 1.5 / 0
+        (-3.0, 8 / 11),  # 0 / -3
+    ],
+)
+def test_a_mean_of_almost_nothing_does_not_scale(emphatic, factor):
+    states = np.float32([[4, -1], [emphatic, 0]])
+    expected = factor * np.float64([[4, -1], [2 * emphatic, 0]])
+    np.testing.assert_allclose(emphasised(states, (1.0, 2.0)), expected, rtol=1e-6)
+
+
 def test_a_long_number_takes_no_longer_than_its_length():
     prompt = ":" + "1" * 200_000  # minutes, where digits could be divided in every way
     assert parse(prompt) == [[(prompt, 1)]]

@@ -164,8 +164,16 @@ def filled_up(conditions: Sequence[list], empty: Chunk) -> list[list]:
 def emphasised(states: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """Returns a chunk's states (77, width), each times its weight, with the mean that they had.
 
-    Without the latter, emphasis on one word would also make all the others louder or softer.
+    Without the latter, emphasis on one word would also make all the others louder or softer. Where
+    an encoder's mean is almost 0 its ratio can be anything, -15 too, and says nothing of loudness:
+    one that is not near the ratio of the mean magnitudes gives way to that.
     """
     weighted = states * np.float32(weights)[:, None]
+    if not weighted.any():
+        return weighted
     before, after = (np.mean(x, dtype=np.float64) for x in (states, weighted))
-    return weighted * np.float32(before / after) if after else weighted
+    mean = before / after if after else np.inf
+    before, after = (np.mean(np.abs(x), dtype=np.float64) for x in (states, weighted))
+    magnitude = before / after
+    near = magnitude / 2 <= mean <= magnitude * 2
+    return weighted * np.float32(mean if near else magnitude)
