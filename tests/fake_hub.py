@@ -68,7 +68,7 @@ def connect(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 5,  # a busy machine is slow to answer too
         "HF_TOKEN_PATH": str(folder / "token"),
         "DOWNLOAD_CHUNK_SIZE": 64,
     }.items():

@@ -91,7 +91,6 @@ def test_a_cut_is_mended(hub, tenth):
         (fake_hub.status(429), "too many requests (429). Try again later. Put a valid access"),
         (fake_hub.status(503), "the hub is out of order (503). Try again later"),
         (fake_hub.status(403), "the hub forbids it. Put a valid access token into HF_TOKEN"),
-        (fake_hub.stalled(100), "the hub stopped sending. Try again later; for a slow line"),
         (fake_hub.altered(lambda content: content[:-1]), "not the length it should have"),
         (fake_hub.altered(lambda content: content + b"!"), "not the length it should have"),
         (fake_hub.altered(fake_hub.flip_a_bit), f"and not {SHA}, which the catalog pins. It was r"),
@@ -100,6 +99,15 @@ def test_a_cut_is_mended(hub, tenth):
 def test_each_failure_has_its_message(hub, fault, message):
     hub.faults = always(fault)
     assert message in refused()
+    hub.faults = iter(())
+    assert fetch(PINNED).read_bytes() == CONTENT
+
+
+def test_a_hub_that_stops_sending(hub, monkeypatch):
+    hub.faults = always(fake_hub.stalled(100))
+    with monkeypatch.context() as context:
+        context.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        assert "the hub stopped sending. Try again later; for a slow line" in refused()
     hub.faults = iter(())
     assert fetch(PINNED).read_bytes() == CONTENT
 
