@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import keras
@@ -20,14 +20,28 @@ from stable_diffusion_tf.tiling import tiled
 TILE = 128  # latents a side, which a common GPU has room for: attention's logits take 1 GB
 
 
-class _once(cached_property):
-    """A property that is built at first use, by one thread while the others wait for it."""
+class _once:
+    """A property made of a part, at first use, by one thread while the others wait for it.
+
+    It is made again once the network has other variables, as with LoRA: what was compiled before
+    would go on without them.
+    """
+
+    def __init__(self, part: str):
+        self.part = part
+
+    def __call__(self, make: Callable) -> "_once":
+        self.make = make
+        return self
 
     def __get__(self, networks: Any, owner: type | None = None) -> Any:
         if networks is None:
             return self
         with networks._building:
-            return super().__get__(networks, owner)
+            key = self.make, *map(id, networks[self.part].variables)
+            if key not in networks._made:
+                networks._made[key] = self.make(networks)
+            return networks._made[key]
 
 
 class Networks:
@@ -60,6 +74,7 @@ class Networks:
         self._compile = compile
         self._building = threading.RLock()
         self._loaded: dict[str, keras.Model] = {}
+        self._made: dict[tuple, Any] = {}
 
     def need(self, *parts: str) -> dict[str, keras.Model]:
         """Returns networks by part.
@@ -135,15 +150,15 @@ class Networks:
         )
         return lambda x, step: network(x, Step(*map(_tensor, step)), *given)
 
-    @_once
+    @_once("unet")
     def _denoise(self) -> Callable:
         return self._denoiser(self["unet"])
 
-    @_once
+    @_once("unet")
     def _denoise_keeping(self) -> Callable:
         return self._denoiser(self["unet"].keeping())
 
-    @_once
+    @_once("unet")
     def _denoise_reusing(self) -> Callable:
         return self._denoiser(self["unet"].reusing())
 
@@ -167,20 +182,20 @@ class Networks:
 
         return self._compile(denoise, unet.variables)
 
-    @_once
+    @_once("text_encoder")
     def _reader(self) -> Callable:
         """`_reader(clip_skip)`: the text encoder, each compiled once."""
         return cache(lambda clip_skip: self._compiled(self["text_encoder"].skipping(clip_skip)))
 
-    @_once
+    @_once("encoder")
     def _encoder(self) -> Callable:
         return self._compiled(self["encoder"])
 
-    @_once
+    @_once("decoder")
     def _decoder(self) -> Callable:
         return self._compiled(self["decoder"])
 
-    @_once
+    @_once("decoder")
     def _linear_decoder(self) -> Callable:
         autoencoder = self._config.autoencoder
         return linear_decoder(self.decode, autoencoder.latent_channels, autoencoder.factor)

@@ -78,6 +78,15 @@ def test_networks_are_compiled_once_each(watched):
     assert watched.compiled == 4
 
 
+def test_a_network_with_other_variables_is_compiled_again(watched):
+    latents = np.zeros((1, 3, 4, 4), np.float32)
+    watched.networks.decode(latents)
+    watched.networks["decoder"].variables = ("new",)
+    for _ in range(2):
+        watched.networks.decode(latents)
+    assert watched.compiled == 2
+
+
 def test_encoding_gives_the_scaled_mean_or_a_sample(watched):
     image = np.full((1, 6, 8, 3), 0.75, np.float32)  # 0.5 in [-1, 1]: the mean and log-variance
     scale = TINY.autoencoder.scale

@@ -219,7 +219,15 @@ class _TensorFlow:
     def compiled(function, variables=(), jit=False):
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=jit or None, autograph=False)
+        return _TensorFlow.meant_to_retrace(
+            tf.function(function, jit_compile=jit or None, autograph=False)
+        )
+
+    @staticmethod
+    def meant_to_retrace(traced):
+        """Once for each shape; TensorFlow warns of five, as if they were a mistake."""
+        traced._omit_frequent_tracing_warning = True
+        return traced
 
     @staticmethod
     def traced_once(function):
@@ -228,7 +236,9 @@ class _TensorFlow:
         # Called, not copied into its callers: a graph takes more than twice the time to optimize if
         # it is twice the size.
         called = {"_noinline": True}
-        traced = tf.function(function, autograph=False, experimental_attributes=called)
+        traced = _TensorFlow.meant_to_retrace(
+            tf.function(function, autograph=False, experimental_attributes=called)
+        )
 
         @wraps(function)
         def call(*args):

@@ -4,13 +4,12 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.config import AutoencoderConfig
-from stable_diffusion_tf.models.base import Network
+from stable_diffusion_tf.models.base import Network, building
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
     conv,
     dense,
-    dtype_policy,
     group_norm,
     resnet,
     upsample,
@@ -31,7 +30,7 @@ class Encoder(Network):
         images = keras.Input((None, None, 3), dtype="float32", name="images")
         last = len(config.widths) - 1
         moments = 2 * config.latent_channels
-        with dtype_policy(dtype):
+        with building(dtype):
             x = conv(images, config.widths[0], "encoder.conv_in")
             for level, width in enumerate(config.widths):
                 block = f"encoder.down_blocks.{level}"
@@ -43,7 +42,7 @@ class Encoder(Network):
             x = ops.silu(group_norm(x, config.groups, "encoder.conv_norm_out", EPSILON))
             x = conv(x, moments, "encoder.conv_out")
             x = conv(x, moments, "quant_conv", kernel=1)
-        super().__init__(images, x, config, name)
+            super().__init__(images, x, config, name)
 
 
 class Decoder(Network):
@@ -56,7 +55,7 @@ class Decoder(Network):
 
     def __init__(self, config: AutoencoderConfig, dtype=None, name="image_decoder"):
         latents = keras.Input((None, None, config.latent_channels), dtype="float32", name="latents")
-        with dtype_policy(dtype):
+        with building(dtype):
             x = latents / config.scale
             x = conv(x, config.latent_channels, "post_quant_conv", kernel=1)
             x = conv(x, config.widths[-1], "decoder.conv_in")
@@ -69,7 +68,7 @@ class Decoder(Network):
                     x = upsample(x, f"{block}.upsamplers.0")
             x = ops.silu(group_norm(x, config.groups, "decoder.conv_norm_out", EPSILON))
             x = conv(x, 3, "decoder.conv_out")
-        super().__init__(latents, x, config, name)
+            super().__init__(latents, x, config, name)
 
 
 def downsample(x, name):

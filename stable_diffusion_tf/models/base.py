@@ -1,8 +1,30 @@
-"""What the four networks have in common as Keras models: how Keras saves and loads them."""
+"""What the four networks have in common as Keras models: how Keras builds and saves them."""
 
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import keras
+from keras.src.backend.common import global_state
+
+SCOPES = "name_scope_stack"  # Keras's own name for them
+
+
+@contextmanager
+def building(dtype):
+    """A network made inside has Keras's dtype policy `dtype` (None: the global one).
+
+    Its variables' paths are those that files are read and written by, whatever name scope is open,
+    as in a layer's `build`.
+    """
+    before = keras.config.dtype_policy()
+    scopes = global_state.get_global_attribute(SCOPES)
+    keras.config.set_dtype_policy(dtype or before)
+    global_state.set_global_attribute(SCOPES, [])
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+        global_state.set_global_attribute(SCOPES, scopes)
 
 
 class Network(keras.Model):
@@ -26,10 +48,15 @@ class Network(keras.Model):
         super().__init_subclass__(**kwargs)
         keras.saving.register_keras_serializable("stable_diffusion_tf")(cls)
 
+    def derived(self, inputs, outputs) -> keras.Model:
+        """Another model of these layers and weights, none of them copied."""
+        with building(self.dtype_policy):
+            return keras.Model(inputs, outputs)
+
     def get_config(self):
         return {
             "config": asdict(self.config),
-            "dtype": self.layers[-1].dtype_policy.name,  # the model's own is the global one
+            "dtype": self.dtype_policy.name,
             "name": self.name,
             "trainable": [layer.trainable for layer in self.layers],
         }

@@ -6,7 +6,6 @@ works on (B, H, W, C) and (B, N, C) alike and flattens positions only inside the
 """
 
 import math
-from contextlib import contextmanager
 
 import keras
 import numpy as np
@@ -20,17 +19,6 @@ EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's
 # Attention weights that are computed in one piece: 8 MB, which caches still hold. JAX has fused
 # attention of its own where it counts.
 BLOCK = 2**21 if keras.backend.backend() == "tensorflow" else math.inf
-
-
-@contextmanager
-def dtype_policy(dtype):
-    """Builds the layers inside under Keras's dtype policy `dtype` (None: the global one)."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(dtype or before)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def conv(x, width, name, kernel=3):

@@ -4,11 +4,10 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.config import TextEncoderConfig
-from stable_diffusion_tf.models.base import Network
+from stable_diffusion_tf.models.base import Network, building
 from stable_diffusion_tf.models.layers import (
     DotProductAttention,
     dense,
-    dtype_policy,
     gelu,
     layer_norm,
     quick_gelu,
@@ -58,7 +57,7 @@ class TextEncoder(Network):
 
     def __init__(self, config: TextEncoderConfig, dtype=None, name="text_encoder"):
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        with dtype_policy(dtype):
+        with building(dtype):
             x = Embedding(config.vocab_size, config.width, name="embeddings.token_embedding")(
                 token_ids
             )
@@ -68,7 +67,7 @@ class TextEncoder(Network):
                 x = transformer_layer(x, config, f"encoder.layers.{i}")
                 hidden_states.append(x)
             x = layer_norm(x, "final_layer_norm")
-        super().__init__(token_ids, x, config, name)
+            super().__init__(token_ids, x, config, name)
         self.hidden_states = hidden_states
 
     def skipping(self, clip_skip: int) -> keras.Model:
@@ -79,7 +78,7 @@ class TextEncoder(Network):
                 the final norm, and so on, to `config.layers`.
         """
         states = self.get_layer("final_layer_norm")(self.hidden_states[-clip_skip])
-        return keras.Model(self.inputs[0], states)
+        return self.derived(self.inputs[0], states)
 
 
 def transformer_layer(x, config, name):

@@ -6,13 +6,12 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion_tf.config import UNetConfig
-from stable_diffusion_tf.models.base import Network
+from stable_diffusion_tf.models.base import Network, building
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
     conv,
     dense,
-    dtype_policy,
     gelu,
     group_norm,
     layer_norm,
@@ -58,7 +57,7 @@ class UNet(Network):
                 x = attend_to_context(x, h, context, config, level, name)
             return x
 
-        with dtype_policy(dtype):
+        with building(dtype):
             temb = Sinusoids(config.widths[0], dtype="float32")(timesteps)
             temb = dense(temb, 4 * config.widths[0], "time_embedding.linear_1")
             temb = dense(ops.silu(temb), 4 * config.widths[0], "time_embedding.linear_2")
@@ -90,7 +89,7 @@ class UNet(Network):
 
             x = ops.silu(group_norm(x, config.groups, "conv_norm_out"))
             x = conv(x, config.out_channels, "conv_out")
-        super().__init__([latents, timesteps, context], x, config, name)
+            super().__init__([latents, timesteps, context], x, config, name)
         self.deep = deep
 
     def keeping(self) -> keras.Model:
@@ -99,7 +98,7 @@ class UNet(Network):
         The features (n B, h, w, channels) are all that its last block reads of the blocks before.
         They change slowly from step to step (DeepCache: Ma et al. 2023, arXiv:2312.00858).
         """
-        return keras.Model(self.inputs, [self.outputs[0], self.deep])
+        return self.derived(self.inputs, [self.outputs[0], self.deep])
 
     def reusing(self) -> keras.Model:
         """The shallow rest of it: [latents, timesteps, context, deep features] -> prediction.
@@ -107,7 +106,7 @@ class UNet(Network):
         Of these layers and weights, it runs the first convolution, the last block and what follows:
         8% of Stable Diffusion 1.x's multiplications at 512x512.
         """
-        return keras.Model([*self.inputs, self.deep], self.outputs[0])
+        return self.derived([*self.inputs, self.deep], self.outputs[0])
 
 
 class Sinusoids(layers.Layer):

@@ -7,7 +7,8 @@ is a mark by which to know it.
 import keras
 from keras import layers, ops
 
-from stable_diffusion_tf.models.layers import dtype_policy, group_norm
+from stable_diffusion_tf.models.base import building
+from stable_diffusion_tf.models.layers import group_norm
 
 
 class Discriminator(keras.Model):
@@ -20,16 +21,20 @@ class Discriminator(keras.Model):
     """
 
     def __init__(self, width: int = 64, dtype=None, name="discriminator"):
-        x = images = keras.Input((None, None, 3), name="images")
-        with dtype_policy(dtype):
+        x = images = keras.Input((None, None, 3), dtype="float32", name="images")
+        with building(dtype):
             for level in range(3):
-                conv = layers.Conv2D(width << level, 4, 2, padding="same", name=f"conv_{level}")
-                x = conv(x)
+                x = conv(x, width << level, 4, 2, name=f"conv_{level}")
                 if level:
                     x = group_norm(x, 16, f"norm_{level}")
                 x = ops.leaky_relu(x)
-            x = layers.Conv2D(1, 1, name="conv_out")(x)
-        super().__init__(images, x, name=name)
+            x = conv(x, 1, 1, name="conv_out")
+            super().__init__(images, x, name=name)
+
+
+def conv(x, width, kernel, strides=1, *, name):
+    kind = {"padding": "same", "data_format": "channels_last", "name": name}
+    return layers.Conv2D(width, kernel, strides, **kind)(x)
 
 
 def adversary(discriminator: keras.Model, weight: float):

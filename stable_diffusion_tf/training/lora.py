@@ -11,7 +11,7 @@ def enable_lora(unet: keras.Model, rank: int):
     """Freezes the UNet and adds to its attentions' projections products of two narrow matrices.
 
     Those are all that is trained (Hu et al. 2021, arXiv:2106.09685); the products are 0 at first.
-    Drawing and saving see the sums. On JAX, call it before anything is drawn with the network.
+    Drawing and saving see the sums.
 
     Args:
         unet: a `UNet`.

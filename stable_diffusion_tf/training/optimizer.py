@@ -1,6 +1,7 @@
 """The optimizers of the trainings here, with the settings that they share."""
 
 import math
+import re
 from collections import defaultdict
 
 import keras
@@ -44,11 +45,14 @@ class Muon(keras.optimizers.Muon):
 
     The momentum of a matrix is replaced by the nearest orthogonal one, so that rare directions
     learn as fast as frequent ones (Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled
-    to AdamW's rates as in Liu et al. 2025, arXiv:2502.16982). Vectors and embeddings get AdamW.
+    to AdamW's rates as in Liu et al. 2025, arXiv:2502.16982). AdamW gets vectors; what has
+    "embedding" in its path, the UNet's two kernels of `time_embedding` too, unless
+    `exclude_embeddings` is False; and what `exclude_layers`, regular expressions, find in a path.
     """
 
     def _should_use_adamw(self, variable):
-        return len(variable.shape) < 2 or "embedding" in variable.path
+        excluded = [*["embedding"] * self.exclude_embeddings, *self.exclude_layers]
+        return len(variable.shape) < 2 or any(re.search(part, variable.path) for part in excluded)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Keras's, but matrices of one shape are orthogonalized together.

@@ -9,7 +9,7 @@ from keras import ops
 from tiny import TINY
 
 from stable_diffusion_tf.models import UNet
-from stable_diffusion_tf.models.layers import dtype_policy
+from stable_diffusion_tf.models.base import building
 from stable_diffusion_tf.models.unet import Sinusoids
 
 DEEP = replace(
@@ -52,7 +52,7 @@ TIMESTEPS = [
 @pytest.mark.parametrize("dtype", ["float32", "float16", "mixed_bfloat16", "bfloat16"])
 @pytest.mark.parametrize("policy", ["given", "global"])
 def test_timesteps_are_embedded_exactly_under_every_policy(embedded, dtype, policy):
-    with dtype_policy(dtype if policy == "global" else None):
+    with building(dtype if policy == "global" else None):
         unet = UNet(TINY.unet, dtype if policy == "given" else None)
         for timesteps in TIMESTEPS:
             predicted = unet(inputs(timesteps))

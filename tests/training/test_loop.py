@@ -351,6 +351,17 @@ def test_muon_turns_kernels_by_orthogonal_matrices_and_the_rest_as_adamw():
         np.testing.assert_allclose(change, -0.1 * np.sign(gradient), rtol=1e-3)
 
 
+def test_muon_leaves_to_adamw_what_it_is_told_to():
+    kernels = [keras.Variable(np.zeros((2, 2), "f"), name=n) for n in ("embedding", "head", "in")]
+
+    def adamws(**options):
+        return [v.name for v in kernels if Muon(**options)._should_use_adamw(v)]
+
+    assert adamws() == ["embedding"]
+    assert adamws(exclude_layers=["^hea"]) == ["embedding", "head"]
+    assert adamws(exclude_embeddings=False) == []
+
+
 def start(folder):
     """A fresh process that trains in `folder`."""
     root = Path(__file__).parents[2]

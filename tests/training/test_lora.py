@@ -9,6 +9,7 @@ from keras import ops
 from small import UNET
 from tiny import TINY
 
+from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load
 from stable_diffusion_tf.checkpoints.save import save
 from stable_diffusion_tf.compile import training_step
@@ -61,6 +62,21 @@ def test_what_is_trained_is_saved_and_drawn_again(tmp_path):
     after = outputs(load(tmp_path / "saved").unet)
     assert np.abs(after - before).max() > 0.1
     np.testing.assert_allclose(after, outputs(models.unet), atol=1e-5)
+
+
+def test_what_has_drawn_before_draws_with_it():
+    models = build()
+    settings = {"seed": 0, "num_steps": 2, "output": "latents", "progress": False}
+    drawn = [(sd := StableDiffusion.from_models(models)).generate("a cat", **settings)]
+    enable_lora(models.unet, rank=2)
+    drawn += [sd.generate("a cat", **settings)]
+    np.testing.assert_array_equal(drawn[1], drawn[0])
+    for variable in models.unet.trainable_variables:
+        variable.assign(variable + 0.3)
+    for each in (sd, StableDiffusion.from_models(models)):
+        drawn += [each.generate("a cat", **settings)]
+    assert abs(drawn[2] - drawn[0]).max() > 0.01
+    np.testing.assert_array_equal(drawn[2], drawn[3])
 
 
 @pytest.mark.parametrize(
