@@ -12,7 +12,7 @@ from stable_diffusion_tf.images import contact_sheet, free_path, save_png
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 EDITS = (  # drawn first, then drawn over it, seed
     ("brown circle, noto style", "full moon, noto style", 7),
-    ("globe showing Europe-Africa, blob style", "volleyball, blob style", 3),
+    ("globe showing Europe-Africa, blob style", "soccer ball, blob style", 3),
     ("disappointed face, noto style", "smiling face with sunglasses, noto style", 7),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stable_diffusion_tf.images import ImageSource, load_image, resize
+from stable_diffusion_tf.images import MAX_PIXELS, ImageSource, load_image, resize
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
@@ -25,6 +25,15 @@ def check_size(name: str, size: Any, factor: int, least: int | None = None) -> N
         raise ValueError(
             f"{name} must be a multiple of {factor} for this model, {least} or more, not {size}; "
             f"for example {below} or {below + factor}"
+        )
+
+
+def check_pixels(count: int, height: int, width: int) -> None:
+    """Pictures drawn at once: a slip of a digit must not take all the memory there is."""
+    if count * height * width > MAX_PIXELS:
+        raise ValueError(
+            f"a batch of {count} at {width}x{height} is over {MAX_PIXELS:,} pixels, too many to "
+            "draw at once; make batch_size or img_height smaller"
         )
 
 
@@ -121,15 +130,9 @@ def resized(
     return found
 
 
-def same_size(name: str, given: np.ndarray | Sequence[ImageSource], factor: int) -> np.ndarray:
-    """Pictures of one size -> float32 (B, H, W, 3) in [0, 1], H and W multiples of `factor`."""
-    if not isinstance(given, list | tuple):
-        given = np.asarray(given)
-        if given.ndim != 4:
-            raise ValueError(
-                f"{name} must be (B, H, W, 3) or a list of pictures, not {given.shape}"
-            )
-    pictures = [load_image(picture) for picture in given]
+def same_size(name: str, given: ImageSource | Sequence[ImageSource], factor: int) -> np.ndarray:
+    """One or several -> float32 (B, H, W, 3) in [0, 1], H and W multiples of `factor`."""
+    pictures = [load_image(picture) for picture in sources(name, given)]
     sizes = {picture.shape[:2] for picture in pictures}
     if len(sizes) != 1:
         raise ValueError(f"{name} must be one or more, all of one size, not {sorted(sizes)}")

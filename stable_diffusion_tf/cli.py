@@ -621,6 +621,7 @@ def with_options(message: str) -> str:
     command = click.get_current_context().command
     # Those with an underscore, which are no English words; and not in quotes or a file's name.
     options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
+    options |= {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
     name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
     return re.sub(name, lambda match: options.get(match[0], match[0]), message)
 
@@ -642,11 +643,12 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         ImportError,
         NotImplementedError,
         FloatingPointError,
+        MemoryError,
     ) as error:
-        mendable = CheckpointError | ChangedError | OSError | FloatingPointError
+        mendable = CheckpointError | ChangedError | OSError | FloatingPointError | MemoryError
         if drawing() and not isinstance(error, mendable):
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()) or "there is not enough memory."
         if not isinstance(error, CheckpointError | OSError):  # of files, by their names
             message = with_options(message)
         click.echo(f"Error: {printable(message)}", err=True)

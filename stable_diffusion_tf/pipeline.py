@@ -68,7 +68,8 @@ class StableDiffusion:
     ):
         """Makes Stable Diffusion 1.4, with the earlier Keras port's parameters and its weights.
 
-        The weights are fetched from a hub, once: those of each network when it is first used.
+        The weights are fetched from a hub, once: those of each network when it is first used. They
+        have Keras's global dtype policy, as there; `from_pretrained` takes one of its own.
 
         Args:
             img_height, img_width: multiples of 8.
@@ -80,6 +81,11 @@ class StableDiffusion:
             TypeError, ValueError: a size is no multiple of 8, or `max_text_len` is not 77; or the
                 Keras backend is not supported.
         """
+        if isinstance(img_height, str | os.PathLike):
+            raise TypeError(
+                f"img_height must be a whole number of pixels, not {img_height!r}; a model is "
+                f"opened by StableDiffusion.from_pretrained({img_height!r})"
+            )
         checkpoint = open_checkpoint(STABLE_DIFFUSION)  # which needs no file yet
         positions = checkpoint.config.text_encoder.max_length
         if max_text_len != positions:
@@ -190,14 +196,23 @@ class StableDiffusion:
         compile = compiler(engine, jit_compile)
         img_height = config.image_size if img_height is None else img_height
         img_width = config.image_size if img_width is None else img_width
-        for name, size in (("img_height", img_height), ("img_width", img_width)):
-            arguments.check_size(name, size, config.autoencoder.factor)
         self.config = config
-        self.img_height = int(img_height)
-        self.img_width = int(img_width)
+        self.img_height, self.img_width = img_height, img_width
+        self._check_size()
+        if not all(config.image_size / 2 < side < config.image_size * 2 for side in self._size):
+            log.warning(
+                "%s has learnt to draw at %d pixels a side; at %dx%d, pictures may make no sense",
+                *(config.name, config.image_size, img_width, img_height),
+            )
         self.tokenizer = Tokenizer()
         self._networks = Networks(config, load, compile)
         self._of_this_thread = threading.local()
+
+    def _check_size(self, count: int = 1) -> None:
+        """Of `count` pictures; sizes are attributes, which may have been set."""
+        for name, size in (("img_height", self.img_height), ("img_width", self.img_width)):
+            arguments.check_size(name, size, self.config.autoencoder.factor)
+        arguments.check_pixels(count, *self._size)
 
     def save_pretrained(self, target: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Writes the model, whole or not at all, for `from_pretrained`, diffusers and others.
@@ -369,7 +384,8 @@ class StableDiffusion:
         strength = arguments.number(
             "input_image_strength", input_image_strength, "over 0, up to 1", lambda x: 0 < x <= 1
         )
-        side = max(self.img_height, self.img_width)
+        self._check_size()
+        side = max(self._size)
         mask_feather = arguments.number(
             "mask_feather", mask_feather, f"from 0 to {side} pixels", lambda x: 0 <= x <= side
         )
@@ -382,8 +398,14 @@ class StableDiffusion:
         tasks.check(self.config, images, masks, sample_posterior, mask_feather)
         previewed, callback = callback is not None, arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
+        self._check_size(count)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
+        elif guidance is None and negative_prompt != "":
+            log.warning(
+                "what not to draw has no effect without guidance: that takes an "
+                "unconditional_guidance_scale of over 1"
+            )
         negative = self._conditions(
             "negative_prompt", negative_prompt, "negative_context", negative_context, emphasis
         )
@@ -402,9 +424,8 @@ class StableDiffusion:
             eps = arguments.array("diffusion_noise", diffusion_noise, (count, *shape))
         seeds = picture_seeds(seed, count)
         noise = Noise(seeds, shape, rng)
-        size = self.img_height, self.img_width
-        images = arguments.resized("input_image", images, load_image, *size)
-        masks = arguments.resized("input_mask", masks, load_mask, *size)
+        images = arguments.resized("input_image", images, load_image, *self._size)
+        masks = arguments.resized("input_mask", masks, load_mask, *self._size)
         tasks.check_masks(masks, self.config.autoencoder.factor)
         conditions = positive * (count // len(positive))
         if guidance is not None:
@@ -496,13 +517,13 @@ class StableDiffusion:
         return self._states(conditions, clip_skip)
 
     def encode_image(
-        self, images: np.ndarray | Sequence[ImageSource], noise: Any = None
+        self, images: ImageSource | Sequence[ImageSource], noise: Any = None
     ) -> np.ndarray:
         """Returns pictures' scaled latents, the posterior's mean or samples: (B, h, w, 4) float32.
 
         Args:
-            images: (B, H, W, 3), uint8 or float in [0, 1]; or a list of what `images.load_image`
-                takes. All of one size, whose sides are multiples of the autoencoder's factor.
+            images: (B, H, W, 3), uint8 or float in [0, 1]; or what `images.load_image` takes, one
+                or a list. All of one size, whose sides are multiples of the autoencoder's factor.
             noise: unit normal (B, h, w, 4), to sample the posterior with; None: its mean.
 
         Raises:
@@ -543,10 +564,14 @@ class StableDiffusion:
         return partial(method.sample, **options), levels, start_scale(config, levels[0], **grid)
 
     @property
-    def _latents_shape(self) -> tuple[int, int, int]:
-        factor = self.config.autoencoder.factor
-        channels = self.config.autoencoder.latent_channels
-        return self.img_height // factor, self.img_width // factor, channels
+    def _size(self) -> tuple[int, int]:
+        return int(self.img_height), int(self.img_width)
+
+    @property
+    def _latents_shape(self) -> tuple[int, ...]:
+        autoencoder = self.config.autoencoder
+        sides = (side // autoencoder.factor for side in self._size)
+        return *sides, autoencoder.latent_channels
 
     def _conditions(
         self, prompt_name: str, prompt: Any, context_name: str, context: Any, emphasis: bool

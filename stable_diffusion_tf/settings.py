@@ -93,6 +93,7 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "VAE hash": settings["vae"] and facts["decoder_sha256"][:SHOWN],
         "VAE": settings["vae"] and PurePath(settings["vae"]).name,
         "Denoising strength": settings["input_image_strength"] if drawn_over else None,
+        "Image": settings["input_image"] and PurePath(settings["input_image"]).name,
         "Mask": settings["input_mask"] and PurePath(settings["input_mask"]).name,
         "Mask feather": settings["mask_feather"] or None,
         "Clip skip": settings["clip_skip"] if settings["clip_skip"] > 1 else None,
@@ -102,6 +103,7 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "Eta DDIM": settings["eta"] or None,
         "CFG rescale": settings["guidance_rescale"] or None,
         "Precision": settings["dtype"],
+        "Engine": settings["engine"],
         # Not a bare number, which A1111 would take for the version of its own whose ways to follow.
         "Version": f"stable-diffusion-tf {facts['version']}",
     }

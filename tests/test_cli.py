@@ -256,7 +256,9 @@ def test_quiet_leaves_out_what_is_logged(sdtf, monkeypatch):
     [
         (["a", "--guidance", "nan"], "--guidance must be finite, not nan"),
         (["a", "--steps", "500"], "--steps must be a whole number from 1 to 499"),
-        (["a", "--size", "33"], "must be a multiple of 2"),
+        (["a", "--size", "33"], "--size must be a multiple of 2"),
+        (["a", "--size", "100000"], "make --batch or --size smaller"),
+        (["a", "--batch", "3000000"], "a batch of 3000000 at 32x32 is over 33,554,432 pixels"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
         (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),
         (["a", "--rescale", "2"], "--rescale must be from 0 to 1"),
@@ -336,6 +338,8 @@ def test_the_last_seed_is_the_api_s(sdtf):
         (CheckpointError("a tensor is missing"), "Error: a tensor is missing"),
         (FloatingPointError("use dtype='float32'"), "Error: use dtype='float32'"),
         (OSError("no space left"), "Error: no space left"),
+        (MemoryError("cannot allocate 3 TiB"), "Error: cannot allocate 3 TiB"),
+        (MemoryError(), "Error: there is not enough memory."),
         (ValueError("shapes do not match"), None),
     ],
 )

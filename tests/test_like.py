@@ -124,7 +124,7 @@ class TestWhatCannotBeRepeated:
             ({"eta": 10**400}, "eta must be finite"),
             ({"sampler": "plms"}, "its sampler: 'plms' is not one of 'ddim'"),
             ({"size": "1" * 5000}, "its size: "),
-            ({"size": "33x32"}, "img_width must be a multiple of 2"),
+            ({"size": "33x32"}, "--size must be a multiple of 2"),
             ({"size": "60000x60000"}, "it asks for a picture of 60000x60000, over"),
             ({"prompt": 7}, "is damaged"),
             ({"prompt": None}, "is damaged"),

@@ -494,7 +494,11 @@ def test_shorter_prompts_are_filled_up_and_that_is_said(small, caplog):
     np.testing.assert_array_equal(found, same)
     caplog.clear()
     latents(small, "dog", long, unconditional_guidance_scale=1, **settings)
-    assert caplog.messages == []  # without guidance, it has no part
+    (message,) = caplog.messages  # and not of chunks
+    assert "no effect without guidance" in message
+    caplog.clear()
+    latents(small, "dog", "", unconditional_guidance_scale=1, **settings)
+    assert caplog.messages == []
 
 
 def test_clip_skip(small):
@@ -595,6 +599,8 @@ def test_images_are_arrays_or_pictures(small):
     np.testing.assert_array_equal(found, small.encode_image(images.astype(np.float32) / 255))
     pictures = [Image.fromarray(image) for image in images]
     np.testing.assert_array_equal(found, small.encode_image(pictures))
+    for one in (images[0], pictures[0]):
+        np.testing.assert_array_equal(small.encode_image(one), small.encode_image(images[:1]))
 
 
 def test_large_pictures_go_through_the_autoencoder_in_tiles(tiny_model, monkeypatch):
@@ -853,6 +859,7 @@ WRONG = [
     ((PROMPT,), {"seed": "1"}, ValueError, "seed must be a whole number from 0"),
     ((PROMPT,), {"seed": 2**64 - 1, "batch_size": 2}, ValueError, "seed must be"),
     ((PROMPT,), {"seed": [1, 2]}, ValueError, "2 seeds for 1 pictures"),
+    ((PROMPT,), {"batch_size": 2**18}, ValueError, "a batch of 262144 at 10x14 is over 33,554,432"),
     ((PROMPT,), {"rng": "cuda"}, ValueError, "unknown rng 'cuda'; known: numpy, torch"),
     ((PROMPT,), {"clip_skip": 0}, ValueError, "clip_skip must be a whole number from 1 to 3"),
     ((PROMPT,), {"clip_skip": 4}, ValueError, "clip_skip must be .* not 4"),
@@ -919,6 +926,7 @@ def test_every_parameter_with_a_range_has_a_wrong_value_above():
     [
         ({"img_height": 33}, ValueError, "img_height must be a multiple of 2 .*not 33.* 32 or 34"),
         ({"img_width": 0}, ValueError, "img_width must be a multiple of 2"),
+        ({"img_width": 2**21}, ValueError, "a batch of 1 at 2097152x32 is over 33,554,432 pixels"),
         ({"img_width": 32.0}, TypeError, "img_width must be a whole number of pixels, not 32.0"),
         ({"dtype": "float8"}, ValueError, "unknown dtype 'float8'; known: float32, float16"),
     ],
@@ -968,9 +976,9 @@ def test_tensors_that_do_not_fit_are_all_found_before_the_work(tiny_folder, tiny
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (np.zeros((6, 8, 3)), ValueError, r"must be \(B, H, W, 3\) or a list"),
-        ("cat.png", ValueError, "or a list of pictures"),
-        ([], ValueError, "one or more, all of one size"),
+        (np.zeros((6, 8, 2)), ValueError, r"\(6, 8, 2\)"),
+        ("cat.png", FileNotFoundError, "cat.png"),
+        ([], ValueError, "images is an empty list"),
         ([np.zeros((6, 8, 3)), np.zeros((8, 6, 3))], ValueError, "all of one size"),
         (np.zeros((1, 6, 7, 3)), ValueError, "images' width must be a multiple of 2"),
         (np.full((1, 6, 8, 3), 2.0), ValueError, r"lies in \[0, 1\]"),
@@ -979,6 +987,22 @@ def test_tensors_that_do_not_fit_are_all_found_before_the_work(tiny_folder, tiny
 def test_wrong_images_are_refused(small, images, error, message):
     with pytest.raises(error, match=message):
         small.encode_image(images)
+
+
+def test_a_size_that_is_set_is_checked_too(tiny_model):
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    sd.img_height = 33
+    with pytest.raises(ValueError, match="img_height must be a multiple of 2"):
+        sd.generate(PROMPT)
+    sd.img_height = 16
+    assert latents(sd, PROMPT, num_steps=1).shape == (1, 8, 16, 4)
+
+
+@pytest.mark.parametrize(("side", "warns"), [(16, True), (18, False), (62, False), (64, True)])
+def test_sizes_far_from_those_of_training_are_warned_of(tiny_model, caplog, side, warns):
+    StableDiffusion.from_pretrained(tiny_model, img_width=side)
+    warning = f"tiny has learnt to draw at 32 pixels a side; at {side}x32, "
+    assert [message.startswith(warning) for message in caplog.messages] == [True] * warns
 
 
 def test_wrong_noise_of_the_posterior_is_refused(small):
@@ -1036,6 +1060,10 @@ class TestTheEarlierPortsConstructor:
         assert hub.downloads() == ["text_encoder.h5", "unet.h5", "decoder.h5"]
         expected = local.generate(PROMPT, num_steps=1, seed=0, progress=False)
         np.testing.assert_array_equal(drawn, expected)
+
+    def test_it_opens_no_model(self):
+        with pytest.raises(TypeError, match=r"StableDiffusion.from_pretrained\(.emoji.\)"):
+            StableDiffusion("emoji")
 
     @pytest.mark.parametrize(
         ("args", "message"),

@@ -30,6 +30,7 @@ SETTINGS = {
     "prediction": None,
     "dtype": "float32",
     "jit_compile": False,
+    "engine": None,
 }
 FACTS = {
     "version": "0.1.0",
@@ -76,6 +77,7 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "input_image_strength": 0.6,
         "mask_feather": 4.0,
         "vae": "some/folder/vae.safetensors",
+        "engine": "openvino",
     }
     made = png_text(SETTINGS | unusual, FACTS | {"model": "a, b: c"})["parameters"]
     prompt, negative, fields = parsed(made)
@@ -93,6 +95,7 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "VAE hash": "fedcba9876",
         "VAE": "vae.safetensors",
         "Denoising strength": "0.6",
+        "Image": "photo.png",
         "Mask": 'a "b", c.png',
         "Mask feather": "4",
         "Clip skip": "2",
@@ -102,6 +105,7 @@ def test_what_was_unusual_is_said_and_quoted_where_a_program_would_stumble():
         "Eta DDIM": "0.5",
         "CFG rescale": "0.7",
         "Precision": "float32",
+        "Engine": "openvino",
         "Version": "stable-diffusion-tf 0.1.0",
     }
 
