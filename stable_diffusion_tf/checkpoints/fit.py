@@ -17,12 +17,7 @@ from stable_diffusion_tf.config import ModelConfig
 
 LISTED = 10  # names in an error, of each kind
 PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
-
-# Rows are read and put in order together: so many, so that runs of what is written are as long; and
-# so many bytes, if their size allows it. Of these, a processor's cache holds a piece.
-ROWS = 128
-LEAST, MOST = 2**20, 2**24
-PIECE = 2**17
+BLOCK = 2**20  # bytes that are put in order at a time, in a processor's caches; at least a row
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ class Match:
                     else "has NaN or infinite values; download it again, or take another checkpoint"
                 )
                 raise CheckpointError(f"{self.file.path}: {self.name} {cause}.")
-            _put(block, as_stored[row : row + len(block)])
+            as_stored[row : row + len(block)] = block
             row += len(block)
         return value
 
@@ -157,8 +152,7 @@ class Match:
         if math.prod(stored[1:]) != row or not self.file.by_rows(self.name):
             yield self._read(ALL)[first:end]
             return
-        size = row * self.file.dtype(self.name).itemsize
-        step = max(1, min(max(ROWS, LEAST // size), MOST // size))
+        step = max(1, BLOCK // (row * self.file.dtype(self.name).itemsize))
         for start in range(first, end, step):
             yield self._read(slice(start, min(start + step, end)))
 
@@ -171,15 +165,6 @@ class Match:
             raise CheckpointError(
                 f"{self.file.path}: {self.name} cannot be read: {error}"
             ) from error
-
-
-def _put(block: np.ndarray, target: np.ndarray) -> None:
-    """`target[:] = block`, of another order in memory, by columns that are a `PIECE` together."""
-    block, target = block[..., None], target[..., None]  # a vector has one column
-    step = max(1, PIECE // block[:, :1].nbytes)
-    for start in range(0, block.shape[1], step):
-        columns = slice(start, start + step)
-        target[:, columns] = block[:, columns]
 
 
 def empty(shape: Sequence[int], dtype: str) -> np.ndarray:

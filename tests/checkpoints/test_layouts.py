@@ -28,8 +28,7 @@ FILE_OF = {"text_encoder": "text_encoder", "unet": "unet", "encoder": "vae", "de
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    monkeypatch.setattr(fit, "MOST", 1000)
-    monkeypatch.setattr(fit, "PIECE", 100)
+    monkeypatch.setattr(fit, "BLOCK", 1000)
 
 
 def check(checkpoint, weights, parts=PARTS):

@@ -140,8 +140,7 @@ def test_weights_are_converted_to_the_model_s_dtype(tiny_folder, tiny_weights, d
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_read_tensor_is_a_variables_memory(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(fit, "MOST", 4000)  # 33 rows, 33 more, and the last 4
-    monkeypatch.setattr(fit, "PIECE", 1700)  # two columns of them, and the third
+    monkeypatch.setattr(fit, "BLOCK", 4000)  # 33 rows, 33 more, and the last 4
     stored = np.random.default_rng(0).standard_normal((70, 3, 2, 5), np.float32)
     save_safetensors({"weight": stored}, tmp_path / "weights.safetensors")
     file = SafetensorsFile(tmp_path / "weights.safetensors")
@@ -270,7 +269,7 @@ def test_what_float32_cannot_hold_is_not_to_be_loaded_as_it(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_found_in_any_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "MOST", 20)
+    monkeypatch.setattr(fit, "BLOCK", 20)
     stored = np.ones((7, 5), np.float32)
     stored[0, 0], stored[6, 4] = 1e6, np.nan  # what float32 would mend, and what it would not
     save_safetensors({"weight": stored}, tmp_path / "weights.safetensors")
