@@ -16,7 +16,7 @@ from stable_diffusion_tf import arguments, tasks
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.compile import compiler, runs_ahead
+from stable_diffusion_tf.compile import compiler, runs_ahead, uses_onednn
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
@@ -140,6 +140,12 @@ class StableDiffusion:
         """
         arguments.check_choice("dtype", dtype, DTYPES)
         checkpoint = open_checkpoint(source, **options)
+        if dtype in ("float16", "mixed_float16") and engine is None and uses_onednn():
+            log.warning(
+                "%s is for GPUs: on a processor, TensorFlow can take hundreds of times as long in "
+                "it; take bfloat16 or float32, or set TF_ENABLE_ONEDNN_OPTS=0 before it starts",
+                dtype,
+            )
         sd = cls.__new__(cls)
         sd._setup(
             checkpoint.config,

@@ -1005,6 +1005,19 @@ def test_sizes_far_from_those_of_training_are_warned_of(tiny_model, caplog, side
     assert [message.startswith(warning) for message in caplog.messages] == [True] * warns
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("processor", [True, False])
+def test_what_is_for_gpus_is_warned_of_on_a_processor(
+    tiny_model, monkeypatch, caplog, dtype, processor
+):
+    monkeypatch.setattr("stable_diffusion_tf.pipeline.uses_onednn", lambda: processor)
+    StableDiffusion.from_pretrained(tiny_model, dtype=dtype)
+    warned = processor and dtype in ("float16", "mixed_float16")
+    assert [message.startswith(f"{dtype} is for GPUs: ") for message in caplog.messages] == (
+        [True] * warned
+    )
+
+
 def test_wrong_noise_of_the_posterior_is_refused(small):
     with pytest.raises(ValueError, match=r"noise must have the shape \(1, 3, 4, 4\)"):
         small.encode_image(np.zeros((1, 6, 8, 3)), np.zeros((1, 4, 3, 4)))
