@@ -16,7 +16,7 @@ from stable_diffusion_tf import arguments, tasks
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.compile import compiler, runs_ahead, uses_onednn
+from stable_diffusion_tf.compile import compiler, memory_errors, runs_ahead, uses_onednn
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
@@ -382,6 +382,7 @@ class StableDiffusion:
             CheckpointError: the model's files do not fit.
             DownloadError: weights cannot be fetched.
             FloatingPointError: a network overflowed, as some do in float16.
+            MemoryError: there is not enough, with what would take less.
         """
         sample, levels, scale = self._sampling(sampler, eta, temperature, schedule, num_steps)
         guidance, rescale = arguments.guidance(
@@ -440,9 +441,12 @@ class StableDiffusion:
         self._of_this_thread.last_seed = seeds[0]
         levels, first = tasks.begin(levels, scale, images, masks, strength)
 
-        with tqdm(
-            desc="Loading the model", total=len(levels) - 1, unit="step", disable=not progress
-        ) as bar:
+        remedy = (
+            f"too little memory for {count} of {self.img_width}x{self.img_height} at once; "
+            "make batch_size or img_height smaller, or take a dtype of fewer bits"
+        )
+        shown = {"desc": "Loading the model", "unit": "step", "disable": not progress}
+        with memory_errors(remedy), tqdm(total=len(levels) - 1, **shown) as bar:
             # All of them now: a damaged file must be found before the work.
             used = {
                 "text_encoder": any(isinstance(part, Chunk) for one in conditions for part in one),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import keras
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,14 @@ from tiny import TINY, write_folder
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
-from stable_diffusion_tf.compile import compiler, onednn, openvino, traced_once, uses_onednn
+from stable_diffusion_tf.compile import (
+    compiler,
+    memory_errors,
+    onednn,
+    openvino,
+    traced_once,
+    uses_onednn,
+)
 from stable_diffusion_tf.models.layers import (
     DotProductAttention,
     GroupNormalization,
@@ -374,3 +382,26 @@ def test_blocks_of_one_size_share_the_traces_of_norms_and_attention(tiny_model):
     kinds = (DotProductAttention, GroupNormalization, LayerNormalization)
     assert len(calls) == sum(isinstance(layer, kinds) for layer in unet.layers)
     assert len(set(calls)) < len(calls) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "other"),
+    [
+        (
+            "tensorflow",
+            tf.errors.ResourceExhaustedError(None, None, "OOM when allocating"),
+            tf.errors.InternalError(None, None, "OOM"),
+        ),
+        (
+            "jax",
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
+            jax.errors.JaxRuntimeError("INTERNAL: Out of luck"),
+        ),
+    ],
+)
+def test_a_backend_s_lack_of_memory_is_a_memory_error(monkeypatch, name, full, other):
+    monkeypatch.setattr(keras.backend, "backend", lambda: name)
+    with pytest.raises(MemoryError, match="take less"), memory_errors("take less"):
+        raise full
+    with pytest.raises(type(other)), memory_errors("take less"):
+        raise other

@@ -20,6 +20,7 @@ from stable_diffusion_tf.checkpoints.catalog import PRESETS, STABLE_DIFFUSION
 from stable_diffusion_tf.checkpoints.hub import HubFile
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
+from stable_diffusion_tf.compile import backend
 from stable_diffusion_tf.config import UNetConfig
 from stable_diffusion_tf.images import load_image, resize, unit_to_uint8
 from stable_diffusion_tf.samplers import SAMPLERS, Noise
@@ -731,6 +732,16 @@ def test_a_preview_is_not_computed_before_it_is_looked_at(small, monkeypatch):
     assert computed == []
     np.asarray(previews[1])
     assert len(computed) == 1
+
+
+def test_too_little_memory_has_a_remedy(small, monkeypatch):
+    def decode(latents):
+        raise RuntimeError("it takes too much")
+
+    monkeypatch.setattr(small._networks, "decode", decode)
+    monkeypatch.setattr(backend(), "is_out_of_memory", lambda error: "much" in str(error))
+    with pytest.raises(MemoryError, match="for 2 of 10x14 at once; make batch_size or img_height"):
+        small.generate(PROMPT, batch_size=2, num_steps=1)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -4,7 +4,8 @@ Everything else is written in `keras.ops` and `keras.layers`. What TensorFlow ha
 may run: each is a module here, named after the package that it needs. `onednn` is TensorFlow's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,6 +73,17 @@ def uses_onednn() -> bool:
 def runs_ahead() -> bool:
     """Whether, on JAX, what is compiled returns before it has computed, and takes such results."""
     return backend().runs_ahead
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Within, the backend's own error when it runs out of memory is a MemoryError of `message`."""
+    try:
+        yield
+    except Exception as error:
+        if backend().is_out_of_memory(error):
+            raise MemoryError(message) from error
+        raise
 
 
 def softmax(x):
@@ -157,6 +169,12 @@ class _Plain:
 
 class _TensorFlow:
     runs_ahead = False
+
+    @staticmethod
+    def is_out_of_memory(error):
+        import tensorflow as tf
+
+        return isinstance(error, tf.errors.ResourceExhaustedError)
 
     @staticmethod
     def softmax(x):
@@ -288,6 +306,12 @@ class _TensorFlow:
 
 class _Jax(_Plain):
     runs_ahead = True
+
+    @staticmethod
+    def is_out_of_memory(error):
+        import jax
+
+        return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
     @staticmethod
     def from_numpy(array):
