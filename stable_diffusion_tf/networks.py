@@ -38,10 +38,12 @@ class _once:
         if networks is None:
             return self
         with networks._building:
-            key = self.make, *map(id, networks[self.part].variables)
-            if key not in networks._made:
-                networks._made[key] = self.make(networks)
-            return networks._made[key]
+            variables = networks[self.part].variables
+            of, made = networks._made.get(self.make, (None, None))
+            if of is None or [*map(id, of)] != [*map(id, variables)]:
+                made = self.make(networks)
+                networks._made[self.make] = variables, made
+            return made
 
 
 class Networks:
@@ -74,7 +76,7 @@ class Networks:
         self._compile = compile
         self._building = threading.RLock()
         self._loaded: dict[str, keras.Model] = {}
-        self._made: dict[tuple, Any] = {}
+        self._made: dict[Callable, tuple[Sequence[Any], Any]] = {}
 
     def need(self, *parts: str) -> dict[str, keras.Model]:
         """Returns networks by part.

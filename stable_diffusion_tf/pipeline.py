@@ -408,14 +408,14 @@ class StableDiffusion:
         self._check_size(count)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
-        elif guidance is None and negative_prompt != "":
+        negative = self._conditions(
+            "negative_prompt", negative_prompt, "negative_context", negative_context, emphasis
+        )
+        if guidance is None and (negative_context is not None or any(negative_prompt)):
             log.warning(
                 "what not to draw has no effect without guidance: that takes an "
                 "unconditional_guidance_scale of over 1"
             )
-        negative = self._conditions(
-            "negative_prompt", negative_prompt, "negative_context", negative_context, emphasis
-        )
         arguments.check_counts(
             count,
             {

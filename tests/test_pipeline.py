@@ -498,7 +498,7 @@ def test_shorter_prompts_are_filled_up_and_that_is_said(small, caplog):
     (message,) = caplog.messages  # and not of chunks
     assert "no effect without guidance" in message
     caplog.clear()
-    latents(small, "dog", "", unconditional_guidance_scale=1, **settings)
+    latents(small, "dog", ["", ""], unconditional_guidance_scale=1, batch_size=2, **settings)
     assert caplog.messages == []
 
 
