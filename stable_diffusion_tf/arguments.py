@@ -132,6 +132,8 @@ def resized(
 
 def same_size(name: str, given: ImageSource | Sequence[ImageSource], factor: int) -> np.ndarray:
     """One or several -> float32 (B, H, W, 3) in [0, 1], H and W multiples of `factor`."""
+    if hasattr(given, "__array__") and hasattr(given, "dtype"):  # a backend's tensor
+        given = np.asarray(given)
     pictures = [load_image(picture) for picture in sources(name, given)]
     sizes = {picture.shape[:2] for picture in pictures}
     if len(sizes) != 1:

@@ -413,8 +413,8 @@ class StableDiffusion:
         )
         if guidance is None and (negative_context is not None or any(negative_prompt)):
             log.warning(
-                "what not to draw has no effect without guidance: that takes an "
-                "unconditional_guidance_scale of over 1"
+                "what not to draw has no effect without guidance: that takes a guidance scale of "
+                "over 1"
             )
         arguments.check_counts(
             count,

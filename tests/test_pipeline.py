@@ -600,6 +600,7 @@ def test_images_are_arrays_or_pictures(small):
     np.testing.assert_array_equal(found, small.encode_image(images.astype(np.float32) / 255))
     pictures = [Image.fromarray(image) for image in images]
     np.testing.assert_array_equal(found, small.encode_image(pictures))
+    np.testing.assert_array_equal(found, small.encode_image(keras.ops.convert_to_tensor(images)))
     for one in (images[0], pictures[0]):
         np.testing.assert_array_equal(small.encode_image(one), small.encode_image(images[:1]))
 
