@@ -23,8 +23,8 @@ TILE = 128  # latents a side, which a common GPU has room for: attention's logit
 class _once:
     """A property made of a part, at first use, by one thread while the others wait for it.
 
-    It is made again once the network has other variables, as with LoRA: what was compiled before
-    would go on without them.
+    All that was made of a network goes once it has other variables, as with LoRA: what was compiled
+    before would go on without them.
     """
 
     def __init__(self, part: str):
@@ -39,11 +39,13 @@ class _once:
             return self
         with networks._building:
             variables = networks[self.part].variables
-            of, made = networks._made.get(self.make, (None, None))
+            of, made = networks._made.get(self.part, (None, {}))
             if of is None or [*map(id, of)] != [*map(id, variables)]:
-                made = self.make(networks)
-                networks._made[self.make] = variables, made
-            return made
+                made = {}
+                networks._made[self.part] = variables, made
+            if self.make not in made:
+                made[self.make] = self.make(networks)
+            return made[self.make]
 
 
 class Networks:
@@ -76,7 +78,7 @@ class Networks:
         self._compile = compile
         self._building = threading.RLock()
         self._loaded: dict[str, keras.Model] = {}
-        self._made: dict[Callable, tuple[Sequence[Any], Any]] = {}
+        self._made: dict[str, tuple[Sequence[Any], dict[Callable, Any]]] = {}
 
     def need(self, *parts: str) -> dict[str, keras.Model]:
         """Returns networks by part.

@@ -1,4 +1,6 @@
+import gc
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -153,6 +155,30 @@ def test_guidance_shows_the_network_latents_and_channels_once_and_both_contexts(
     x0 = networks.denoiser(positive, negative, 2.0, None, (mask, grey))(x, STEP)
     assert seen == [[(2, 3, 4, 9), (2,), (4, 77, 32)]]
     np.testing.assert_allclose(x0, (x - 0.6 * (1 + 2 * (3 - 1)) * x) / 0.8, rtol=1e-5)
+
+
+def test_what_was_compiled_goes_with_the_variables(watched):
+    states = np.zeros((1, 77, 32), np.float32)
+    unet = watched.networks["unet"]
+    unet.keeping = unet.reusing = lambda: unet
+
+    def use(reuse):
+        watched.networks.denoiser(states, None, None, None, reuse=reuse)
+
+    compile, former = watched.networks._compile, []
+
+    def remembered(function, variables):
+        former.append(weakref.ref(function))
+        return compile(function, variables)
+
+    watched.networks._compile = remembered
+    use(1)
+    use(2)
+    assert len(former) == 3
+    unet.variables = ("new",)
+    use(1)
+    gc.collect()
+    assert [function() is None for function in former] == [True, True, True, False]
 
 
 def test_threads_load_and_compile_once_between_them(watched):
