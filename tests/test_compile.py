@@ -330,6 +330,22 @@ def rooted():
     return traced_once(function), shapes
 
 
+def test_many_shapes_are_no_reason_to_warn(caplog):
+    variable = keras.Variable(1.0)
+    drawing = compiler()(lambda x: ops.sum(x))
+    training = compile_module.training_step(
+        lambda x: ops.sum(x) * variable, [variable], keras.optimizers.SGD(0.0)
+    )
+    tf.get_logger().addHandler(caplog.handler)  # which no other logger is told by
+    try:
+        for size in range(1, 9):
+            x = np.ones(size, np.float32)
+            assert float(drawing(x)) == float(training(x)) == size
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert caplog.messages == []
+
+
 def test_calls_of_equal_shapes_share_one_trace(rooted):
     function, shapes = rooted
 

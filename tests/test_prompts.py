@@ -165,6 +165,10 @@ def test_emphasis_multiplies_states_and_restores_their_mean():
     ("emphatic", "factor"),
     [
         (-0.5, 2.5 / 2),  # the ratio of the means, 5.5 / 6 that of the magnitudes
+        (-0.8, 2.2 / 1.4),  # that of the means, 1.8 times that of the magnitudes
+        (-1.1, 6.1 / 7.2),  # 1.9 / 0.8 would be 2.8 times that
+        (-6.0, 3.0 / 9.0),  # 0.52 times
+        (-5.0, 10.0 / 15.0),  # 2 / 7 would be 0.43 times
         (-1.4, 6.4 / 7.8),  # 1.6 / 0.2 would be 8
         (-1.6, 6.6 / 8.2),  # 1.4 / -0.2 would be -7
         (-1.5, 6.5 / 8.0),  # 1.5 / 0

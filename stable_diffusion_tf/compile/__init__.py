@@ -291,6 +291,7 @@ class _TensorFlow:
     def training_step(loss, variables, optimizer, jit, frozen):
         import tensorflow as tf
 
+        @_TensorFlow.meant_to_retrace
         @tf.function(jit_compile=jit or None, autograph=False)
         def step(*batch):
             with tf.GradientTape() as tape:

@@ -51,8 +51,9 @@ class Muon(keras.optimizers.Muon):
     """
 
     def _should_use_adamw(self, variable):
-        excluded = [*["embedding"] * self.exclude_embeddings, *self.exclude_layers]
-        return len(variable.shape) < 2 or any(re.search(part, variable.path) for part in excluded)
+        excluded = self.exclude_embeddings and "embedding" in variable.path.lower()
+        excluded |= any(re.search(layer, variable.path) for layer in self.exclude_layers)
+        return len(variable.shape) < 2 or excluded
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Keras's, but matrices of one shape are orthogonalized together.
