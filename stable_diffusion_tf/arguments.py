@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from stable_diffusion_tf.images import MAX_PIXELS, ImageSource, load_image, resize
+from stable_diffusion_tf.images import ImageSource, load_image, resize
+
+MAX_PIXELS = 2**25  # to draw at once: a slip of a digit must not take all the memory there is
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
@@ -29,11 +31,11 @@ def check_size(name: str, size: Any, factor: int, least: int | None = None) -> N
 
 
 def check_pixels(count: int, height: int, width: int) -> None:
-    """Pictures drawn at once: a slip of a digit must not take all the memory there is."""
+    """Of pictures that are drawn at once."""
     if count * height * width > MAX_PIXELS:
         raise ValueError(
             f"a batch of {count} at {width}x{height} is over {MAX_PIXELS:,} pixels, too many to "
-            "draw at once; make batch_size or img_height smaller"
+            "draw at once; draw fewer, or smaller ones"
         )
 
 
@@ -112,7 +114,7 @@ def sources(name: str, given: Any) -> list[Any]:
         return []
     several = isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 4)
     if several and not len(given):
-        raise ValueError(f"{name} is an empty list; give at least one picture, or None")
+        raise ValueError(f"{name} is an empty list; give at least one picture")
     return list(given) if several else [given]
 
 

@@ -334,7 +334,7 @@ def generate(
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
     drawn, labels = [], []
-    with errors_in_one_line(drawing=lambda: sd.last_seed is not None):
+    with errors_in_one_line(drawing=lambda: sd.last_seed is not None), warnings_once():
         for prompt, seeds in zip(prompts, batches, strict=True):
             pictures = sd.generate(
                 prompt, batch_size=len(seeds), seed=seeds, progress=not quiet, **drawing
@@ -624,6 +624,22 @@ def with_options(message: str) -> str:
     options |= {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
     name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
     return re.sub(name, lambda match: options.get(match[0], match[0]), message)
+
+
+@contextmanager
+def warnings_once() -> Iterator[None]:
+    """Within, what is logged for every prompt is shown for the first."""
+    shown = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return message not in shown and not shown.add(message)
+
+    logging.lastResort.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logging.lastResort.removeFilter(is_new)
 
 
 @contextmanager

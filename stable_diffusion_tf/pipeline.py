@@ -68,8 +68,8 @@ class StableDiffusion:
     ):
         """Makes Stable Diffusion 1.4, with the earlier Keras port's parameters and its weights.
 
-        The weights are fetched from a hub, once: those of each network when it is first used. They
-        have Keras's global dtype policy, as there; `from_pretrained` takes one of its own.
+        The weights are fetched from a hub, once: those of each network when it is first used. Their
+        dtype policy is Keras's global one at this moment; `from_pretrained` takes one of its own.
 
         Args:
             img_height, img_width: multiples of 8.
@@ -93,9 +93,11 @@ class StableDiffusion:
                 f"max_text_len must be {positions}, not {max_text_len!r}: the text encoder has "
                 "that many positions"
             )
-        load = partial(load_parts, checkpoint)
+        dtype = keras.config.dtype_policy().name
+        load = partial(load_parts, checkpoint, dtype=dtype)
         if not download_weights:
-            load = partial(_random, checkpoint.config)
+            load = partial(_random, checkpoint.config, dtype=dtype)
+        _warn_of_dtype(dtype)
         self._setup(checkpoint.config, load, img_height, img_width, jit_compile)
 
     @classmethod
@@ -140,12 +142,7 @@ class StableDiffusion:
         """
         arguments.check_choice("dtype", dtype, DTYPES)
         checkpoint = open_checkpoint(source, **options)
-        if dtype in ("float16", "mixed_float16") and engine is None and uses_onednn():
-            log.warning(
-                "%s is for GPUs: on a processor, TensorFlow can take hundreds of times as long in "
-                "it; take bfloat16 or float32, or set TF_ENABLE_ONEDNN_OPTS=0 before it starts",
-                dtype,
-            )
+        _warn_of_dtype(dtype, engine)
         sd = cls.__new__(cls)
         sd._setup(
             checkpoint.config,
@@ -205,11 +202,6 @@ class StableDiffusion:
         self.config = config
         self.img_height, self.img_width = img_height, img_width
         self._check_size()
-        if not all(config.image_size / 2 < side < config.image_size * 2 for side in self._size):
-            log.warning(
-                "%s has learnt to draw at %d pixels a side; at %dx%d, pictures may make no sense",
-                *(config.name, config.image_size, img_width, img_height),
-            )
         self.tokenizer = Tokenizer()
         self._networks = Networks(config, load, compile)
         self._of_this_thread = threading.local()
@@ -219,6 +211,14 @@ class StableDiffusion:
         for name, size in (("img_height", self.img_height), ("img_width", self.img_width)):
             arguments.check_size(name, size, self.config.autoencoder.factor)
         arguments.check_pixels(count, *self._size)
+
+    def _warn_of_size(self) -> None:
+        learnt = self.config.image_size
+        if not 1 / 4 < self.img_height * self.img_width / learnt**2 < 4:
+            log.warning(
+                "%s has learnt to draw at %dx%d; at %dx%d, pictures may make no sense",
+                *(self.config.name, learnt, learnt, self.img_width, self.img_height),
+            )
 
     def save_pretrained(self, target: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Writes the model, whole or not at all, for `from_pretrained`, diffusers and others.
@@ -438,12 +438,14 @@ class StableDiffusion:
         if guidance is not None:
             conditions += negative * (count // len(negative))
         conditions = filled_up(conditions, self._empty)
+        if not images:
+            self._warn_of_size()
         self._of_this_thread.last_seed = seeds[0]
         levels, first = tasks.begin(levels, scale, images, masks, strength)
 
         remedy = (
             f"too little memory for {count} of {self.img_width}x{self.img_height} at once; "
-            "make batch_size or img_height smaller, or take a dtype of fewer bits"
+            "draw fewer, or smaller ones, or take a dtype of fewer bits"
         )
         shown = {"desc": "Loading the model", "unit": "step", "disable": not progress}
         with memory_errors(remedy), tqdm(total=len(levels) - 1, **shown) as bar:
@@ -617,5 +619,14 @@ class StableDiffusion:
         return np.stack([np.concatenate([*map(states, condition)]) for condition in conditions])
 
 
-def _random(config: ModelConfig, parts: Sequence[str]) -> dict[str, keras.Model]:
-    return {part: build_part(config, part) for part in parts}
+def _warn_of_dtype(dtype: str, engine: str | None = None) -> None:
+    if dtype in ("float16", "mixed_float16") and engine is None and uses_onednn():
+        log.warning(
+            "%s is for GPUs: on a processor, TensorFlow can take hundreds of times as long in it; "
+            "take bfloat16 or float32, or set TF_ENABLE_ONEDNN_OPTS=0 before it starts",
+            dtype,
+        )
+
+
+def _random(config: ModelConfig, parts: Sequence[str], dtype: str) -> dict[str, keras.Model]:
+    return {part: build_part(config, part, dtype) for part in parts}

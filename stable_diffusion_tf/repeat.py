@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import click
 from click.core import ParameterSource
 
+from stable_diffusion_tf.arguments import MAX_PIXELS
 from stable_diffusion_tf.checkpoints.hub import sha256
-from stable_diffusion_tf.images import MAX_PIXELS, read_png_text
+from stable_diffusion_tf.images import read_png_text
 from stable_diffusion_tf.settings import read_settings
 
 PATHS = ("weights", "vae", "input_image", "input_mask")

@@ -251,13 +251,21 @@ def test_quiet_leaves_out_what_is_logged(sdtf, monkeypatch):
     assert "chunks" not in result.stderr
 
 
+def test_what_is_logged_is_shown_once_a_command(sdtf, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+    monkeypatch.setattr(logging.getLogger("stable_diffusion_tf"), "handlers", [])  # --quiet's
+    for _ in range(2):
+        result = sdtf("a cat", "a dog", "--steps", "1", "--negative", "blue", "--guidance", "1")
+        assert result.stderr.count("no effect without guidance") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a", "--guidance", "nan"], "--guidance must be finite, not nan"),
         (["a", "--steps", "500"], "--steps must be a whole number from 1 to 499"),
         (["a", "--size", "33"], "--size must be a multiple of 2"),
-        (["a", "--size", "100000"], "make --batch or --size smaller"),
+        (["a", "--size", "100000"], "draw fewer, or smaller ones"),
         (["a", "--batch", "3000000"], "a batch of 3000000 at 32x32 is over 33,554,432 pixels"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
         (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),

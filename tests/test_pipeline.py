@@ -475,7 +475,8 @@ def test_plain_text_has_the_encoders_very_states(small):
     np.testing.assert_array_equal(small.encode_text(PROMPT), np.asarray(read(ids[:1])))
 
 
-def test_shorter_prompts_are_filled_up_and_that_is_said(small, caplog):
+def test_shorter_prompts_are_filled_up_and_that_is_said(small, monkeypatch, caplog):
+    monkeypatch.setattr(small, "_warn_of_size", lambda: None)
     long = "cat " * 80
     (empty,) = small.encode_text("")
     assert caplog.messages == []
@@ -549,7 +550,8 @@ def test_without_guidance_there_is_no_unconditional_half(small):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_seed_that_is_drawn_is_logged_and_draws_the_same_again(small, caplog):
+def test_a_seed_that_is_drawn_is_logged_and_draws_the_same_again(small, monkeypatch, caplog):
+    monkeypatch.setattr(small, "_warn_of_size", lambda: None)
     with caplog.at_level(logging.INFO, "stable_diffusion_tf"):
         found = latents(small, PROMPT, num_steps=1, seed=-1)
     seed = small.last_seed
@@ -741,7 +743,7 @@ def test_too_little_memory_has_a_remedy(small, monkeypatch):
 
     monkeypatch.setattr(small._networks, "decode", decode)
     monkeypatch.setattr(backend(), "is_out_of_memory", lambda error: "much" in str(error))
-    with pytest.raises(MemoryError, match="for 2 of 10x14 at once; make batch_size or img_height"):
+    with pytest.raises(MemoryError, match="for 2 of 10x14 at once; draw fewer, or smaller ones"):
         small.generate(PROMPT, batch_size=2, num_steps=1)
 
 
@@ -990,7 +992,7 @@ def test_tensors_that_do_not_fit_are_all_found_before_the_work(tiny_folder, tiny
     [
         (np.zeros((6, 8, 2)), ValueError, r"\(6, 8, 2\)"),
         ("cat.png", FileNotFoundError, "cat.png"),
-        ([], ValueError, "images is an empty list"),
+        ([], ValueError, "images is an empty list; give at least one picture$"),
         ([np.zeros((6, 8, 3)), np.zeros((8, 6, 3))], ValueError, "all of one size"),
         (np.zeros((1, 6, 7, 3)), ValueError, "images' width must be a multiple of 2"),
         (np.full((1, 6, 8, 3), 2.0), ValueError, r"lies in \[0, 1\]"),
@@ -1010,11 +1012,19 @@ def test_a_size_that_is_set_is_checked_too(tiny_model):
     assert latents(sd, PROMPT, num_steps=1).shape == (1, 8, 16, 4)
 
 
-@pytest.mark.parametrize(("side", "warns"), [(16, True), (18, False), (62, False), (64, True)])
-def test_sizes_far_from_those_of_training_are_warned_of(tiny_model, caplog, side, warns):
-    StableDiffusion.from_pretrained(tiny_model, img_width=side)
-    warning = f"tiny has learnt to draw at 32 pixels a side; at {side}x32, "
-    assert [message.startswith(warning) for message in caplog.messages] == [True] * warns
+@pytest.mark.parametrize(
+    ("height", "width", "warns"),
+    [(16, 16, True), (16, 18, False), (64, 16, False), (64, 62, False), (64, 64, True)],
+)
+def test_sizes_far_from_those_of_training_are_warned_of(tiny_model, caplog, height, width, warns):
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    sd.img_height, sd.img_width = height, width
+    sd.encode_image(np.zeros((1, 8, 8, 3)))
+    latents(sd, PROMPT, num_steps=1, input_image=np.zeros((8, 8, 3)))
+    assert caplog.messages == []
+    latents(sd, PROMPT, num_steps=1)
+    warning = f"tiny has learnt to draw at 32x32; at {width}x{height}, pictures may make no sense"
+    assert caplog.messages == [warning] * warns
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "mixed_float16", "mixed_bfloat16"])
@@ -1028,6 +1038,22 @@ def test_what_is_for_gpus_is_warned_of_on_a_processor(
     assert [message.startswith(f"{dtype} is for GPUs: ") for message in caplog.messages] == (
         [True] * warned
     )
+
+
+def test_the_global_dtype_policy_is_that_of_the_moment_of_making(monkeypatch, caplog):
+    monkeypatch.setattr("stable_diffusion_tf.pipeline.uses_onednn", lambda: True)
+    monkeypatch.setattr(
+        "stable_diffusion_tf.pipeline.build_part", lambda config, part, dtype: dtype
+    )
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        sd = StableDiffusion(download_weights=False)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert sd.diffusion_model == "mixed_float16"
+    (message,) = caplog.messages
+    assert message.startswith("mixed_float16 is for GPUs: ")
 
 
 def test_wrong_noise_of_the_posterior_is_refused(small):
