@@ -20,7 +20,7 @@ import numpy as np
 from stable_diffusion_tf.checkpoints.hub import sha256
 from stable_diffusion_tf.checkpoints.readers import CheckpointError
 from stable_diffusion_tf.files import check_folder
-from stable_diffusion_tf.images import contact_sheet, free_path, read_png_text, save_png
+from stable_diffusion_tf.images import SUFFIXES, contact_sheet, free_path, read_png_text, save_png
 from stable_diffusion_tf.repeat import (
     ChangedError,
     Like,
@@ -309,6 +309,11 @@ def generate(
             path = drawing[name] and Path(drawing[name])
             if path and path.exists() and not path.is_file():
                 raise ValueError(f"{name}: {path} is no file; save the picture as one")
+        if output.suffix.lower() in SUFFIXES and not output.is_dir():
+            raise ValueError(
+                f"--output {output} is a picture's name; give a folder, for pictures are named "
+                "after their prompts"
+            )
         check_folder(output, "name another output folder")
         if quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -265,6 +265,7 @@ def test_what_is_logged_is_shown_once_a_command(sdtf, monkeypatch):
         (["a", "--guidance", "nan"], "--guidance must be finite, not nan"),
         (["a", "--steps", "500"], "--steps must be a whole number from 1 to 499"),
         (["a", "--size", "33"], "--size must be a multiple of 2"),
+        (["a", "--output", "cat.PNG"], "--output cat.PNG is a picture's name; give a folder"),
         (["a", "--size", "100000"], "draw fewer, or smaller ones"),
         (["a", "--batch", "3000000"], "a batch of 3000000 at 32x32 is over 33,554,432 pixels"),
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
