@@ -21,6 +21,7 @@ from stable_diffusion_tf import compile as compile_module
 from stable_diffusion_tf.checkpoints.load import load
 from stable_diffusion_tf.compile import (
     compiler,
+    fused,
     memory_errors,
     onednn,
     openvino,
@@ -29,6 +30,7 @@ from stable_diffusion_tf.compile import (
 )
 from stable_diffusion_tf.models.layers import (
     DotProductAttention,
+    GatedGELU,
     GroupNormalization,
     LayerNormalization,
 )
@@ -361,6 +363,30 @@ def test_calls_of_equal_shapes_share_one_trace(rooted):
     assert len(shapes) == 7  # what is not compiled, is not traced
 
 
+@pytest.mark.parametrize(("onednn", "size"), [(True, 8), (True, 7), (False, 8)])
+def test_xla_fuses_what_is_large_on_a_cpu(monkeypatch, onednn, size):
+    monkeypatch.setattr(compile_module.backend(), "uses_onednn", lambda: onednn)
+    monkeypatch.setattr(compile_module, "LARGE", 8)
+    traced = []
+
+    @fused
+    def squared(x):
+        traced.append(compile_module.backend().in_xla())
+        return x * x
+
+    @compiler()
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = squared(x) + squared(x)
+        return y, tape.gradient(y, x)
+
+    x = ops.arange(size, dtype="float32")
+    for found, expected in zip(gradient(x), (2 * x * x, 4 * x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert traced == [onednn and size == 8]
+
+
 def test_a_trace_for_unknown_sizes_serves_no_known_ones(rooted):
     function, shapes = rooted
     for rows in (None, 2):
@@ -395,7 +421,7 @@ def test_blocks_of_one_size_share_the_traces_of_norms_and_attention(tiny_model):
     graph = tf.function(lambda *x: unet(x)).get_concrete_function(*specs).graph
     calls = [op.get_attr("f").name for op in graph.get_operations() if "Partitioned" in op.type]
     calls = [name for name in calls if "as_product" not in name]
-    kinds = (DotProductAttention, GroupNormalization, LayerNormalization)
+    kinds = (DotProductAttention, GatedGELU, GroupNormalization, LayerNormalization)
     assert len(calls) == sum(isinstance(layer, kinds) for layer in unet.layers)
     assert len(set(calls)) < len(calls) / 2
 

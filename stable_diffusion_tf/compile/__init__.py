@@ -4,6 +4,7 @@ Everything else is written in `keras.ops` and `keras.layers`. What TensorFlow ha
 may run: each is a module here, named after the package that it needs. `onednn` is TensorFlow's own.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -12,6 +13,8 @@ from importlib.util import find_spec
 
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+LARGE = 2**22  # numbers that TensorFlow has XLA compile for: a hundredth of a second's work
 
 
 def backend():
@@ -111,6 +114,15 @@ def traced_once(function):
     return _when_called(function, lambda: backend().traced_once(function))
 
 
+def fused(function):
+    """Returns `function`, elementwise of its first tensor, in one pass over what is large.
+
+    Of TensorFlow's own operations each is a pass; on a CPU, XLA compiles them to one. As for
+    `traced_once`, `function` is pure.
+    """
+    return _when_called(function, lambda: backend().fused(function))
+
+
 def differentiated_as(function):
     """Decorates a faster equivalent of `function`, of tensors, that keeps more for its gradient.
 
@@ -184,14 +196,14 @@ class _TensorFlow:
 
     @staticmethod
     def moments(x):
-        return _TensorFlow.fused(x).moments(x)
+        return _TensorFlow.normalizer(x).moments(x)
 
     @staticmethod
     def affine(x, scale, shift):
-        return _TensorFlow.fused(x).affine(x, scale, shift)
+        return _TensorFlow.normalizer(x).affine(x, scale, shift)
 
     @staticmethod
-    def fused(x):
+    def normalizer(x):
         """Who computes what is asked of x: of a picture or two of known size, oneDNN."""
         if None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn():
             onednn = import_module(f"{__name__}.onednn")
@@ -248,14 +260,30 @@ class _TensorFlow:
         return traced
 
     @staticmethod
-    def traced_once(function):
+    def fused(function):
+        """By XLA only what is large: the rest takes less time than its compilation."""
+        large, small = (_TensorFlow.traced_once(function, jit) for jit in (True, False))
+
+        def call(x, *args):
+            known = None not in x.shape and _TensorFlow.uses_onednn()
+            return (large if known and math.prod(x.shape) >= LARGE else small)(x, *args)
+
+        return call
+
+    @staticmethod
+    def traced_once(function, jit=False):
         import tensorflow as tf
 
         # Called, not copied into its callers: a graph takes more than twice the time to optimize if
         # it is twice the size.
         called = {"_noinline": True}
         traced = _TensorFlow.meant_to_retrace(
-            tf.function(function, autograph=False, experimental_attributes=called)
+            tf.function(
+                function,
+                autograph=False,
+                jit_compile=jit or None,
+                experimental_attributes=called,
+            )
         )
 
         @wraps(function)
@@ -340,6 +368,8 @@ class _Jax(_Plain):
     @staticmethod
     def traced_once(function):
         return function  # which JAX traces in a fraction of the time
+
+    fused = traced_once
 
     @staticmethod
     def differentiated_as(function, fast):

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from stable_diffusion_tf.compile import affine, moments, softmax, traced_once, uses_onednn
+from stable_diffusion_tf.compile import affine, fused, moments, softmax, traced_once, uses_onednn
 from stable_diffusion_tf.models import winograd
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
@@ -153,6 +153,26 @@ def quick_gelu(x):
 def gelu(x):
     """Exact (erf) GELU; tanh's approximation is off by 1e-4."""
     return 0.5 * x * (1 + ops.erf(x * 0.5**0.5))  # Keras's is of erfc, which is slower
+
+
+class GatedGELU(layers.Dense):
+    """x -> h * gelu(gate), twice `width` units (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, width, **kwargs):
+        super().__init__(2 * width, **kwargs)
+
+    def call(self, x):
+        return gated(ops.matmul(x, self.kernel), ops.cast(self.bias, "float32"))
+
+    def compute_output_shape(self, shape):
+        return *shape[:-1], self.units // 2
+
+
+@fused
+def gated(x, bias):
+    """In float32, as `bias` is, rounded once to x's type."""
+    h, gate = ops.split(ops.cast(x, "float32") + bias, 2, axis=-1)
+    return ops.cast(h * gelu(gate), x.dtype)
 
 
 class DotProductAttention(layers.Layer):

@@ -10,9 +10,9 @@ from stable_diffusion_tf.models.base import Network, building
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
+    GatedGELU,
     conv,
     dense,
-    gelu,
     group_norm,
     layer_norm,
     resnet,
@@ -176,5 +176,5 @@ def attention(x, context, heads, name):
 def geglu(x, name):
     """Feed-forward gated by GELU (Shazeer 2020, arXiv:2002.05202)."""
     width = x.shape[-1]
-    h, gate = ops.split(dense(x, 8 * width, f"{name}.0.proj"), 2, axis=-1)
-    return dense(h * gelu(gate), width, f"{name}.2")
+    h = GatedGELU(4 * width, name=f"{name}.0.proj")(x)
+    return dense(h, width, f"{name}.2")

@@ -1,5 +1,6 @@
 """The parts that are written for speed compute what the plain ones do, and their gradients."""
 
+import math
 from functools import partial
 
 import keras
@@ -14,6 +15,7 @@ from stable_diffusion_tf.models import layers
 from stable_diffusion_tf.models.layers import (
     Convolution,
     DotProductAttention,
+    GatedGELU,
     GroupNormalization,
     LayerNormalization,
     NearestUpsampling,
@@ -195,6 +197,15 @@ def test_twice_the_size():
 def test_gelu():
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     close(gelu(x), ops.gelu(x, approximate=False), 1e-6)
+
+
+def test_gated_gelu():
+    layer = GatedGELU(5, bias_initializer="normal")
+    x = RNG.standard_normal((2, 3, 8), dtype="f")
+    layer.build(x.shape)
+    h, gate = np.split(x @ np.asarray(layer.kernel) + np.asarray(layer.bias), 2, -1)
+    assert layer.compute_output_shape(x.shape) == (2, 3, 5)
+    close(layer(x), h * gate * (1 + np.vectorize(math.erf)(gate / math.sqrt(2))) / 2, 1e-6)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5)])
