@@ -7,8 +7,8 @@ layout, in float32.
 
 The UNet is trained, all of it or, with --lora-rank, small additions to its attentions; the text
 encoder and the autoencoder stay as they are. Kill it at any moment and run it again: it goes on
-from its last save. Losses, saves and sheets of what is drawn of the first captions are in the runs
-folder, under TARGET's name.
+from its last save, of which there is one every --save-every steps. Losses, saves and sheets of what
+is drawn of the first captions are in the runs folder, under TARGET's name.
 
 \b
   python scripts/finetune.py emoji my-pictures my-emoji --steps 100 --rate 1e-3
@@ -75,6 +75,13 @@ SHOWN = 4  # captions that are drawn at each save
     metavar="RANK",
     help="Train additions of this rank only, such as 4 (arXiv:2106.09685): less memory.",
 )
+@click.option(
+    "--save-every",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Steps between saves, at each of which captions are drawn.",
+)
 @VAE
 @PREDICTION
 @click.option(
@@ -94,6 +101,7 @@ def main(
     rate,
     dtype,
     lora_rank,
+    save_every,
     vae,
     prediction,
     seed,
@@ -121,7 +129,7 @@ def main(
             "lora_rank": lora_rank,
             "seed": seed,
         }
-        finetune(models, images, texts, recipe, steps, runs / target.name)
+        finetune(models, images, texts, recipe, steps, save_every, runs / target.name)
         save(models, target)
         click.echo(target)
 
@@ -131,7 +139,7 @@ def read(folder, config, batch_size):
     captioned = captions(folder)
     if len(captioned) < batch_size:
         raise ValueError(
-            f"{folder} has {len(captioned)} pictures, too few for a batch of {batch_size}: give "
+            f"{folder} has too few pictures, {len(captioned)}, for a batch of {batch_size}: give "
             "more, or a smaller --batch-size"
         )
     for path, text in captioned.items():
@@ -140,7 +148,7 @@ def read(folder, config, batch_size):
     return np.stack([square(path, config.image_size) for path in paths]), list(captioned.values())
 
 
-def finetune(models, images, texts, recipe, steps, folder):
+def finetune(models, images, texts, recipe, steps, save_every, folder):
     """Trains the UNet, or additions to it, on captioned pictures."""
     scale = models.config.autoencoder.scale
     shown = tqdm(images, "Encoding the pictures", unit="picture")
@@ -179,7 +187,7 @@ def finetune(models, images, texts, recipe, steps, folder):
         steps=steps,
         folder=folder,
         recipe=recipe,
-        save_every=200,
+        save_every=save_every,
         preview=preview,
     )
 

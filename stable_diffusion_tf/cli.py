@@ -670,6 +670,7 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         if drawing() and not isinstance(error, mendable):
             raise
         message = " ".join(str(error).split()) or "there is not enough memory."
+        message = re.sub(r"^\[Errno \d+\] ", "", message)
         if not isinstance(error, CheckpointError | OSError):  # of files, by their names
             message = with_options(message)
         click.echo(f"Error: {printable(message)}", err=True)

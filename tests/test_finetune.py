@@ -94,11 +94,7 @@ def test_lora_is_saved_in_the_projections_and_goes_on_from_a_save(folder, monkey
         return np.zeros((len(prompts), 16, 16, 3), np.uint8)
 
     monkeypatch.setattr(StableDiffusion, "generate", draw)
-    train = finetune.train
-    monkeypatch.setattr(
-        finetune, "train", lambda *args, **o: train(*args, **{**o, "save_every": 1})
-    )
-    options = "--lora-rank=2", "--dtype=mixed_float16"
+    options = "--lora-rank=2", "--dtype=mixed_float16", "--save-every=1"
     result = run(folder, *options)
     assert result.exit_code == 0, result.output
     (folder / "target").rename(folder / "whole")
@@ -124,6 +120,7 @@ def test_a_run_of_other_captions_or_settings_is_not_gone_on_from(folder, trained
     result = run(folder, "--seed=1")
     assert result.exit_code == 2
     assert "another model, optimizer or recipe: 2 entries differ, first captions" in result.output
+    assert "seed (then '0', now '1')" in result.output
 
 
 def test_a_run_of_another_model_is_not_gone_on_from(folder, trained):

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
+from reprlib import repr  # which leaves out the middle of what is long
 from typing import Any
 
 import keras
@@ -193,10 +194,12 @@ class Saves:
         ours = {name: tuple(v.shape) for name, v in self.variables.items()}
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         recipe = json.loads(file.metadata()["recipe"])
-        differ = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
-        differ += sorted(
-            key for key in self.recipe | recipe if self.recipe.get(key) != recipe.get(key)
-        )
+        differ = [
+            f"{key} (then {repr(recipe.get(key))}, now {repr(self.recipe.get(key))})"
+            for key in sorted(self.recipe | recipe)
+            if self.recipe.get(key) != recipe.get(key)
+        ]
+        differ += sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         if differ:
             raise ValueError(
                 f"{saved} is of another model, optimizer or recipe: {len(differ)} entries differ, "

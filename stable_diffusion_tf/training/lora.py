@@ -1,6 +1,7 @@
 """Low-rank adaptation: a thousandth of the UNet's weights to train in place of all."""
 
 import re
+from numbers import Integral
 
 import keras
 
@@ -16,9 +17,17 @@ def enable_lora(unet: keras.Model, rank: int):
     Args:
         unet: a `UNet`.
         rank: of each product; of a kernel of 320 x 320, rank 4 trains 2 x 320 x 4 weights.
+
+    Raises:
+        ValueError: `rank` is no whole number of 1 or more; or the UNet has such products already.
     """
+    if not isinstance(rank, Integral) or rank < 1:
+        raise ValueError(f"rank must be a whole number, 1 or more, not {rank!r}")
+    adapted = [layer for layer in unet.layers if re.search(PROJECTIONS, layer.name)]
+    if any(layer.lora_enabled for layer in adapted):
+        raise ValueError(f"{unet.name} has LoRA already; load it again for another rank")
     for layer in unet.layers:
-        if re.search(PROJECTIONS, layer.name):
+        if layer in adapted:
             for weight in layer.weights:  # the bias too, which Keras would leave to be trained
                 weight.trainable = False
             layer.enable_lora(rank)

@@ -46,6 +46,16 @@ def test_the_projections_additions_alone_are_trained_and_are_0_at_first():
     assert len(trained) + len(unet.non_trainable_variables) == len(unet.variables)
 
 
+@pytest.mark.parametrize("rank", [0, -1, 2.0, "4", None])
+def test_a_wrong_rank_changes_nothing(rank):
+    unet = build().unet
+    with pytest.raises(ValueError, match=f"rank must be a whole number, 1 or more, not {rank!r}"):
+        enable_lora(unet, rank)
+    enable_lora(unet, 2)
+    with pytest.raises(ValueError, match="unet has LoRA already; load it again"):
+        enable_lora(unet, 2)
+
+
 def test_what_is_trained_is_saved_and_drawn_again(tmp_path):
     models = build()
     before = outputs(models.unet)
