@@ -384,7 +384,8 @@ def test_xla_fuses_what_is_large_on_a_cpu(monkeypatch, onednn, size):
     x = ops.arange(size, dtype="float32")
     for found, expected in zip(gradient(x), (2 * x * x, 4 * x), strict=True):
         np.testing.assert_array_equal(found, expected)
-    assert traced == [onednn and size == 8]
+    large = onednn and size == 8
+    assert traced == [large, False][: 1 + large]  # the gradient is of plain operations
 
 
 def test_a_trace_for_unknown_sizes_serves_no_known_ones(rooted):

@@ -151,7 +151,7 @@ def test_a_run_of_another_model_is_not_gone_on_from(folder, trained):
             (),
             "No such file or directory",
         ),
-        (None, ("--batch-size=4",), "has 3 pictures, too few for a batch of 4"),
+        (None, ("--batch-size=4",), "has too few pictures, 3, for a batch of 4"),
         (lambda folder: (folder.parent / "target").mkdir(), (), "target exists. Name another"),
         (None, ("--lora-rank=0",), "0 is not in the range x>=1"),
         (None, ("--rate=inf",), "inf is not in the range 0<x<=1"),

@@ -263,6 +263,7 @@ class _TensorFlow:
     def fused(function):
         """By XLA only what is large: the rest takes less time than its compilation."""
         large, small = (_TensorFlow.traced_once(function, jit) for jit in (True, False))
+        large = _TensorFlow.differentiated_as(small, large)  # XLA keeps more for its gradient
 
         def call(x, *args):
             known = None not in x.shape and _TensorFlow.uses_onednn()
@@ -306,7 +307,8 @@ class _TensorFlow:
         @tf.custom_gradient
         def call(*args):
             def gradient(upstream):
-                with tf.GradientTape() as tape:
+                # Not before it is needed: what it computes again would be kept until then.
+                with tf.control_dependencies([upstream]), tf.GradientTape() as tape:
                     tape.watch(args)
                     result = function(*args)
                 return tape.gradient(result, args, upstream)

@@ -152,7 +152,8 @@ def test_a_save_of_another_model_is_refused_by_name(tmp_path):
 
 def test_a_save_of_another_recipe_is_refused_by_key(tmp_path):
     line_fit(tmp_path, 1, recipe={"norm": "l2", "rate": 0.1})
-    with pytest.raises(ValueError, match=r"state.safetensors is of another .*recipe.*first norm\."):
+    message = r"state.safetensors is of another .*recipe.*first norm \(then 'l2', now 'l1'\)\."
+    with pytest.raises(ValueError, match=message):
         line_fit(tmp_path, 2, recipe={"norm": "l1", "rate": 0.1})
 
 

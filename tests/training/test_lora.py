@@ -52,7 +52,7 @@ def test_a_wrong_rank_changes_nothing(rank):
     with pytest.raises(ValueError, match=f"rank must be a whole number, 1 or more, not {rank!r}"):
         enable_lora(unet, rank)
     enable_lora(unet, 2)
-    with pytest.raises(ValueError, match="unet has LoRA already; load it again"):
+    with pytest.raises(ValueError, match="diffusion_model has LoRA already; load it again"):
         enable_lora(unet, 2)
 
 
