@@ -7,11 +7,11 @@ the weights, the optimizer (with its moving average of the weights) and that num
 import csv
 import json
 import os
+import reprlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from reprlib import repr  # which leaves out the middle of what is long
 from typing import Any
 
 import keras
@@ -194,8 +194,9 @@ class Saves:
         ours = {name: tuple(v.shape) for name, v in self.variables.items()}
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         recipe = json.loads(file.metadata()["recipe"])
+        shown = reprlib.repr  # without the middle of what is long
         differ = [
-            f"{key} (then {repr(recipe.get(key))}, now {repr(self.recipe.get(key))})"
+            f"{key} (then {shown(recipe.get(key))}, now {shown(self.recipe.get(key))})"
             for key in sorted(self.recipe | recipe)
             if self.recipe.get(key) != recipe.get(key)
         ]
