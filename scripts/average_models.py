@@ -6,15 +6,14 @@ and what it was, both can be better than either (Wortsman et al. 2021, arXiv:210
 
 from pathlib import Path
 
-import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
-
-# isort: split
 import click
 
-from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
-from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
-from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.cli import errors_in_one_line
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+
+with errors_in_one_line(), quiet_import():
+    from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+    from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
+    from stable_diffusion_tf.checkpoints.save import check_target, save
 
 
 @click.command(help=__doc__)

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import click
 
-from stable_diffusion_tf import StableDiffusion
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
 from stable_diffusion_tf.images import contact_sheet, free_path, save_png
+
+with errors_in_one_line(), quiet_import():
+    from stable_diffusion_tf.pipeline import StableDiffusion
 
 STYLES = ("noto", "blob", "fluent", "flat", "twemoji", "emojione", "firefox")
 CONCEPTS = (
@@ -27,10 +30,11 @@ CONCEPTS = (
 @click.option("--seed", default=1, show_default=True)
 def main(weights: str, output: Path, steps: int, seed: int) -> None:
     prompts = [f"{concept}, {style} style" for concept in CONCEPTS for style in STYLES]
-    sd = StableDiffusion.from_pretrained(weights)
-    images = sd.generate(prompts, num_steps=steps, seed=seed)
-    sheet = contact_sheet(images, columns=len(STYLES), labels=prompts)
-    print(save_png(sheet, free_path(output, "contact_sheet")))
+    with errors_in_one_line():
+        sd = StableDiffusion.from_pretrained(weights)
+        images = sd.generate(prompts, num_steps=steps, seed=seed)
+        sheet = contact_sheet(images, columns=len(STYLES), labels=prompts)
+        click.echo(save_png(sheet, free_path(output, "contact_sheet")))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 from emoji_data import Row
 from tqdm import tqdm
 
+from stable_diffusion_tf.cli.terminal import quiet_import
 from stable_diffusion_tf.files import atomic_path
 from stable_diffusion_tf.images import contact_sheet, free_path, save_png
 
@@ -200,9 +201,10 @@ def main(
     output: Path,
     json_file: Path | None,
 ) -> None:
-    from style_classifier import StyleClassifier  # here: the metrics are tested without Keras
+    with quiet_import():  # here: the metrics are tested without Keras
+        from style_classifier import StyleClassifier
 
-    from stable_diffusion_tf import StableDiffusion
+        from stable_diffusion_tf.pipeline import StableDiffusion
 
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

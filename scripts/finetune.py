@@ -17,24 +17,37 @@ is drawn of the first captions are in the runs folder, under TARGET's name.
 
 from pathlib import Path
 
-import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
-
-# isort: split
 import click
-import keras
 import numpy as np
 from tqdm import tqdm
 
-from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
-from stable_diffusion_tf.checkpoints.load import Models, load_parts
-from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.cli import PREDICTION, VAE, errors_in_one_line
-from stable_diffusion_tf.pipeline import StableDiffusion
-from stable_diffusion_tf.training.data import captions, noisy_batches, posterior, square, tokenizer
-from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train, weights
-from stable_diffusion_tf.training.lora import enable_lora
-from stable_diffusion_tf.training.loss import diffusion_loss
-from stable_diffusion_tf.training.optimizer import adamw
+from stable_diffusion_tf.cli.options import PREDICTION, VAE
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+
+with errors_in_one_line(), quiet_import():
+    import keras
+
+    from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+    from stable_diffusion_tf.checkpoints.load import Models, load_parts
+    from stable_diffusion_tf.checkpoints.save import check_target, save
+    from stable_diffusion_tf.pipeline import StableDiffusion
+    from stable_diffusion_tf.training.data import (
+        captions,
+        noisy_batches,
+        posterior,
+        square,
+        tokenizer,
+    )
+    from stable_diffusion_tf.training.loop import (
+        check_apart,
+        checksum,
+        save_preview,
+        train,
+        weights,
+    )
+    from stable_diffusion_tf.training.lora import enable_lora
+    from stable_diffusion_tf.training.loss import diffusion_loss
+    from stable_diffusion_tf.training.optimizer import adamw
 
 SHOWN = 4  # captions that are drawn at each save
 

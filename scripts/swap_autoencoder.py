@@ -7,18 +7,17 @@ Schönemann 1966), so that it is not lost in them; training does the rest.
 
 from pathlib import Path
 
-import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
-
-# isort: split
 import click
 import emoji_data
 import numpy as np
 
-from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
-from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
-from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.cli import errors_in_one_line
-from stable_diffusion_tf.training.data import posterior
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+
+with errors_in_one_line(), quiet_import():
+    from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+    from stable_diffusion_tf.checkpoints.load import MODELS, Models, load_parts
+    from stable_diffusion_tf.checkpoints.save import check_target, save
+    from stable_diffusion_tf.training.data import posterior
 
 
 def rotation(latents: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -9,20 +9,13 @@ so often are in the runs folder.
 from dataclasses import replace
 from pathlib import Path
 
-import stable_diffusion_tf  # noqa: F401 - before Keras: it chooses what Keras runs on, and how
-
-# isort: split
 import click
 import emoji_data
-import keras
 import numpy as np
 from evaluate_emoji import psnr
 from tqdm import tqdm
 
-from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
-from stable_diffusion_tf.checkpoints.load import Models, load_parts
-from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.cli import errors_in_one_line
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
 from stable_diffusion_tf.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -31,21 +24,39 @@ from stable_diffusion_tf.config import (
     UNetConfig,
 )
 from stable_diffusion_tf.images import signed_to_unit, unit_to_uint8
-from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
-from stable_diffusion_tf.pipeline import StableDiffusion
-from stable_diffusion_tf.training.adversary import Discriminator, adversary
-from stable_diffusion_tf.training.data import (
-    NOISE,
-    noisy_batches,
-    posterior,
-    random,
-    shuffled,
-    signed,
-    tokenizer,
-)
-from stable_diffusion_tf.training.loop import check_apart, checksum, save_preview, train, weights
-from stable_diffusion_tf.training.loss import NORMS, autoencoder_loss, denoised_loss, diffusion_loss
-from stable_diffusion_tf.training.optimizer import adamw, muon
+
+with errors_in_one_line(), quiet_import():
+    import keras
+
+    from stable_diffusion_tf.checkpoints.catalog import open_checkpoint
+    from stable_diffusion_tf.checkpoints.load import Models, load_parts
+    from stable_diffusion_tf.checkpoints.save import check_target, save
+    from stable_diffusion_tf.models import Decoder, Encoder, TextEncoder, UNet
+    from stable_diffusion_tf.pipeline import StableDiffusion
+    from stable_diffusion_tf.training.adversary import Discriminator, adversary
+    from stable_diffusion_tf.training.data import (
+        NOISE,
+        noisy_batches,
+        posterior,
+        random,
+        shuffled,
+        signed,
+        tokenizer,
+    )
+    from stable_diffusion_tf.training.loop import (
+        check_apart,
+        checksum,
+        save_preview,
+        train,
+        weights,
+    )
+    from stable_diffusion_tf.training.loss import (
+        NORMS,
+        autoencoder_loss,
+        denoised_loss,
+        diffusion_loss,
+    )
+    from stable_diffusion_tf.training.optimizer import adamw, muon
 
 EMOJI = ModelConfig(
     name="emoji",

@@ -19,7 +19,6 @@ ROWS = [
     {"checkpoints", "networks", "tasks"},
     {"pipeline"},
     {"training"},
-    {"repeat"},
     {"cli"},
     {"__main__"},
 ]

@@ -22,10 +22,12 @@ from tiny import FILES, TINY
 from stable_diffusion_tf import CheckpointError, StableDiffusion
 from stable_diffusion_tf.checkpoints import hub
 from stable_diffusion_tf.checkpoints.readers import save_safetensors
-from stable_diffusion_tf.cli import errors_in_one_line, main, quiet_import, slug
+from stable_diffusion_tf.cli import main
+from stable_diffusion_tf.cli.draw import slug
+from stable_diffusion_tf.cli.repeat import Setting
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
 from stable_diffusion_tf.images import free_path, save_png
 from stable_diffusion_tf.networks import Networks
-from stable_diffusion_tf.repeat import Setting
 from stable_diffusion_tf.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]

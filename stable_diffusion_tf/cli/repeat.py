@@ -14,31 +14,12 @@ from click.core import ParameterSource
 
 from stable_diffusion_tf.arguments import MAX_PIXELS
 from stable_diffusion_tf.checkpoints.hub import sha256
+from stable_diffusion_tf.cli.options import Setting
+from stable_diffusion_tf.cli.terminal import ChangedError
 from stable_diffusion_tf.images import read_png_text
 from stable_diffusion_tf.settings import read_settings
 
 PATHS = ("weights", "vae", "input_image", "input_mask")
-
-
-class ChangedError(ValueError):
-    """What a picture was drawn with is gone, or another by now."""
-
-
-class Setting(click.Option):
-    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter.
-
-    An empty value is the default, whatever a PNG says.
-    """
-
-    def __init__(self, *args: Any, default: Any = None, **attributes: Any):
-        super().__init__(*args, default=default, **attributes)
-        self.usual = default
-
-    def type_cast_value(self, context: click.Context, value: Any) -> Any:
-        return super().type_cast_value(context, self.usual if value == "" else value)
-
-
-setting = partial(click.option, cls=Setting)
 
 
 class Like(NamedTuple):

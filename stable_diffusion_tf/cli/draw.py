@@ -1,14 +1,10 @@
-"""The command line: arguments in, PNG files out. What is slow to import waits for its use."""
+"""`sdtf generate`: draws pictures and stores how each was drawn in its PNG."""
 
 import hashlib
-import json
 import logging
 import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +14,8 @@ import click
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.hub import sha256
-from stable_diffusion_tf.checkpoints.readers import CheckpointError
-from stable_diffusion_tf.files import check_folder
-from stable_diffusion_tf.images import SUFFIXES, contact_sheet, free_path, read_png_text, save_png
-from stable_diffusion_tf.repeat import (
-    ChangedError,
+from stable_diffusion_tf.cli.options import PREDICTION, VAE, Karras, Size, setting
+from stable_diffusion_tf.cli.repeat import (
     Like,
     changed,
     check_batch,
@@ -31,13 +24,14 @@ from stable_diffusion_tf.repeat import (
     check_models,
     check_network,
     given,
-    setting,
     take_settings,
     taken,
 )
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import, warnings_once
+from stable_diffusion_tf.files import check_folder
+from stable_diffusion_tf.images import SUFFIXES, contact_sheet, free_path, save_png
 from stable_diffusion_tf.samplers import SAMPLERS, STREAMS, picture_seeds
-from stable_diffusion_tf.screen import printable
-from stable_diffusion_tf.settings import KEYWORD, png_text
+from stable_diffusion_tf.settings import png_text
 
 if TYPE_CHECKING:
     from stable_diffusion_tf.pipeline import StableDiffusion
@@ -53,26 +47,6 @@ SAMPLERS_TABLE = [
 ]
 
 
-class Size(click.ParamType):
-    name = "size"
-
-    def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
-        """ "64" or "64x96" -> (width, height)."""
-        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", str(value))
-        if not match:
-            self.fail(f"{value!r} is neither a side (512) nor WIDTHxHEIGHT (512x768)", param)
-        return int(match[1]), int(match[2] or match[1])
-
-
-class Karras(click.types.BoolParamType):
-    """On or off -> what `generate` calls `schedule`: "karras" or None."""
-
-    name = "karras"
-
-    def convert(self, value: Any, param: Any, context: Any) -> str | None:
-        return "karras" if value == "karras" or super().convert(value, param, context) else None
-
-
 def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Like | None:
     if path is None or context.resilient_parsing:
         return None
@@ -80,31 +54,7 @@ def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Li
         return take_settings(context, path)
 
 
-# How a model is opened, where that is more than its name.
-VAE = setting("--vae", metavar="PATH", help="Another autoencoder: a file, or a folder with one.")
-PREDICTION = setting(
-    "--prediction",
-    type=click.Choice(["epsilon", "v"]),
-    help="What the model's network predicts, whatever its own files say.",
-)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="stable-diffusion-tf")
-def main() -> None:
-    """Stable Diffusion in Keras: pictures from text and pictures.
-
-    \b
-    Try:  sdtf generate "a red apple, noto style"
-    """
-    if sys.stderr is None:  # closed: else the next file that is opened gets what is said there
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        os.dup2(sys.stderr.fileno(), 2)
-    if getattr(sys.stdout, "errors", None) == "strict":  # a prompt may have what it cannot encode
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-@main.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
+@click.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
 @click.option(
     "--prompts-file",
@@ -446,151 +396,6 @@ def read_prompts(file: TextIO | None) -> tuple[str, ...]:
         raise ValueError(f"--prompts-file {file.name} is not UTF-8: {error}") from None
 
 
-@main.command(no_args_is_help=True)
-@click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype",
-    default="float32",
-    show_default=True,
-    help="Of the stored weights: float32, float16 or bfloat16.",
-)
-@VAE
-@PREDICTION
-def convert(source: str, target: Path, dtype: str, vae: str | None, prediction: str | None) -> None:
-    """Write the model SOURCE to TARGET, for diffusers and others to open.
-
-    TARGET is a new folder in the diffusers layout; or, if it ends in .safetensors, one new file
-    with the original Stable Diffusion's names, as most other programs read. Such a file has no
-    config: it is only for models whose config is a published one.
-
-    \b
-    Examples:
-      sdtf convert sd-v1-4-keras my-folder
-      sdtf convert my-folder my-model.safetensors --dtype float16
-    """
-    with errors_in_one_line():
-        with quiet_import():
-            from stable_diffusion_tf.checkpoints.save import convert
-        convert(source, target, dtype, vae=vae, prediction=prediction)
-    click.echo(target)
-
-
-@main.command(no_args_is_help=True)
-@click.argument("picture", metavar="PNG", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="All settings exactly, of our own PNGs.")
-def info(picture: str, as_json: bool) -> None:
-    """Print how the picture in a PNG was drawn, by this program or by another.
-
-    Others, such as A1111's web UI, leave the same text: the prompts, then the settings.
-    """
-    with errors_in_one_line():
-        text = read_png_text(picture)
-        key = KEYWORD if as_json else "parameters"
-        if key not in text:
-            raise ValueError(f"{picture} does not say how it was drawn: it has no text {key!r}.")
-        click.echo(same_json(text[key], picture) if as_json else printable(text[key]))
-
-
-def same_json(text: str, picture: str) -> str:
-    """A stranger's JSON for the screen, in ASCII.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return json.dumps(json.loads(text), allow_nan=False)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{picture} is damaged: its text {KEYWORD!r} is no JSON.") from None
-
-
-@main.group()
-def weights() -> None:
-    """Models on a hub: what is known, what is here.
-
-    MODEL is a preset, a repository in the diffusers layout (owner/name), or a file in one
-    (owner/name/path). They are stored in huggingface_hub's cache, in HF_HOME.
-    """
-
-
-@weights.command("list")
-def list_weights() -> None:
-    """Show the models that are known by name."""
-    from stable_diffusion_tf.checkpoints.catalog import PRESETS, REPOSITORIES
-    from stable_diffusion_tf.checkpoints.hub import cached
-
-    with errors_in_one_line():
-        for name, preset in PRESETS.items():
-            here = [cached(file) for file in preset.files.values()]
-            state = f"pinned, {len(here) - here.count(None)} of {len(here)} files here"
-            _show(name, preset.summary, preset.license, state if here else "in the package")
-        for name, (summary, license) in REPOSITORIES.items():
-            _show(name, summary, license, "unpinned")
-
-
-def _show(name: str, summary: str, license: str, state: str) -> None:
-    click.echo(f"{name}\n    {summary}\n    {state}; {license}")
-
-
-@weights.command(no_args_is_help=True)
-@click.argument("model")
-def download(model: str) -> None:
-    """Fetch all files of MODEL, check them, and print where they are."""
-    from stable_diffusion_tf.checkpoints import catalog
-
-    with errors_in_one_line():
-        for path in catalog.download(model):
-            click.echo(path)
-
-
-@weights.command(no_args_is_help=True)
-@click.argument("model")
-def where(model: str) -> None:
-    """Print where the files of MODEL are; needs no network."""
-    with errors_in_one_line():
-        for _, path in _stored(model):
-            click.echo(path)
-
-
-@weights.command(no_args_is_help=True)
-@click.argument("model")
-def verify(model: str) -> None:
-    """Hash all files of MODEL and compare; needs no network."""
-    from stable_diffusion_tf.checkpoints.hub import is_whole
-
-    damaged = []
-    with errors_in_one_line():
-        for file, path in _stored(model):
-            whole = is_whole(file, path)
-            verdict = {True: "good", False: "DAMAGED", None: "unknown: nothing says its hash"}[
-                whole
-            ]
-            click.echo(f"{verdict}{'' if file.sha256 else ' (unpinned)'}: {path}")
-            damaged += [path] if whole is False else []
-        if damaged:
-            raise OSError(f"{len(damaged)} damaged; delete them and download {model} again.")
-
-
-def _stored(model: str) -> list[tuple[Any, Path]]:
-    """Files of a model on a hub and where they are: all of them, or FileNotFoundError."""
-    from stable_diffusion_tf.checkpoints.catalog import stored_files
-    from stable_diffusion_tf.checkpoints.hub import cached
-
-    places = [(file, cached(file)) for file in stored_files(model)]
-    absent = [str(file) for file, path in places if path is None]
-    if absent or not places:
-        raise FileNotFoundError(
-            f"Not downloaded: {', '.join(absent or [model])}. Run `sdtf weights download {model}`."
-        )
-    return places
-
-
-@main.command()
-def samplers() -> None:
-    """List the samplers, one a line."""
-    click.echo("\n".join(SAMPLERS_TABLE))
-
-
 def slug(prompt: str) -> str:
     """A prompt as a file's name on any system: its words, lower case, joined by hyphens."""
     stem = "-".join(re.findall(r"\w+", prompt.lower()))[:STEM]
@@ -598,83 +403,3 @@ def slug(prompt: str) -> str:
     if not stem or re.fullmatch(DEVICES, stem):
         return f"picture-{stem}".rstrip("-")
     return stem
-
-
-@contextmanager
-def quiet_import() -> Iterator[None]:
-    """Keeps what TensorFlow says while it is imported off the screen, unless the import fails.
-
-    Its first lines do not obey TF_CPP_MIN_LOG_LEVEL and are written by C++, past `sys.stderr`.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    screen = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            said.seek(0)
-            os.write(screen, said.read())
-            raise
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
-
-
-def with_options(message: str) -> str:
-    """What an error says, with the command's options in the place of the API's parameters."""
-    command = click.get_current_context().command
-    # Those with an underscore, which are no English words; and not in quotes or a file's name.
-    options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
-    options |= {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
-    name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
-    return re.sub(name, lambda match: options.get(match[0], match[0]), message)
-
-
-@contextmanager
-def warnings_once() -> Iterator[None]:
-    """Within, what is logged for every prompt is shown for the first."""
-    shown = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return message not in shown and not shown.add(message)
-
-    logging.lastResort.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logging.lastResort.removeFilter(is_new)
-
-
-@contextmanager
-def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Reports what is wrong with the input, and Ctrl-C, without a traceback.
-
-    Once `drawing()`, the arguments have been found right. Then only the model's files, the disk or
-    an overflow can be at fault; any other error is one of the program, and shown in full.
-    """
-    try:
-        yield
-    except BrokenPipeError:  # who reads what is printed has had enough; click ends it quietly
-        raise
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        NotImplementedError,
-        FloatingPointError,
-        MemoryError,
-    ) as error:
-        mendable = CheckpointError | ChangedError | OSError | FloatingPointError | MemoryError
-        if drawing() and not isinstance(error, mendable):
-            raise
-        message = " ".join(str(error).split()) or "there is not enough memory."
-        message = re.sub(r"^\[Errno \d+\] ", "", message)
-        if not isinstance(error, CheckpointError | OSError):  # of files, by their names
-            message = with_options(message)
-        click.echo(f"Error: {printable(message)}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)

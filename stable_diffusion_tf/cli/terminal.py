@@ -1,0 +1,98 @@
+"""What a command says: nothing of the backend's, a warning once, an error in one line."""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from stable_diffusion_tf.checkpoints.readers import CheckpointError
+from stable_diffusion_tf.screen import printable
+
+
+class ChangedError(ValueError):
+    """What a picture was drawn with is gone, or another by now."""
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keeps what TensorFlow says while it is imported off the screen, unless the import fails.
+
+    Its first lines do not obey TF_CPP_MIN_LOG_LEVEL and are written by C++, past `sys.stderr`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(screen, said.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+
+
+@contextmanager
+def warnings_once() -> Iterator[None]:
+    """Within, what is logged for every prompt is shown for the first."""
+    shown = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return message not in shown and not shown.add(message)
+
+    logging.lastResort.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logging.lastResort.removeFilter(is_new)
+
+
+@contextmanager
+def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Reports what is wrong with the input, and Ctrl-C, without a traceback.
+
+    Once `drawing()`, the arguments have been found right. Then only the model's files, the disk or
+    an overflow can be at fault; any other error is one of the program, and shown in full.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # who reads what is printed has had enough; click ends it quietly
+        raise
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        NotImplementedError,
+        FloatingPointError,
+        MemoryError,
+    ) as error:
+        mendable = CheckpointError | ChangedError | OSError | FloatingPointError | MemoryError
+        if drawing() and not isinstance(error, mendable):
+            raise
+        message = " ".join(str(error).split()) or "there is not enough memory."
+        message = re.sub(r"^\[Errno \d+\] ", "", message)
+        if not isinstance(error, CheckpointError | OSError):  # of files, by their names
+            message = with_options(message)
+        click.echo(f"Error: {printable(message)}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+
+
+def with_options(message: str) -> str:
+    """What an error says, with the command's options in the place of the API's parameters."""
+    command = click.get_current_context().command
+    # Those with an underscore, which are no English words; and not in quotes or a file's name.
+    options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
+    options |= {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
+    name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
+    return re.sub(name, lambda match: options.get(match[0], match[0]), message)
