@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +49,11 @@ def check_folder(folder: Path, remedy: str) -> None:
         raise NotADirectoryError(f"{existing} leads nowhere; {remedy}.")
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; {remedy}.")
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"{existing} cannot be written to; {remedy}.")
+    try:  # to root, the system calls all writable
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError:
+        raise PermissionError(f"{existing} cannot be written to; {remedy}.") from None
 
 
 def settle(path: Path) -> None:

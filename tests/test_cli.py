@@ -434,6 +434,16 @@ def test_help_teaches_and_waits_for_no_backend():
         assert taught in result.stdout
 
 
+def test_the_sheet_of_the_demo_starts_silently(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # a backend here may have set it
+    sheet = [sys.executable, "scripts/contact_sheet.py", "--steps", "1", "--weights", tiny_model]
+    result = subprocess.run([*sheet, "--output", tmp_path], cwd=ROOT, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith(b"\rLoading the model")  # nothing of the backend's before it
+    assert b"XLA" not in result.stderr
+    assert os.listdir(tmp_path) == ["contact_sheet.png"]
+
+
 def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
     with quiet_import():
         os.write(2, b"noise")
@@ -446,7 +456,12 @@ def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
 
 def python(code, *, through=(), **settings):
     """Runs it in a process of its own, after importing the command line."""
-    code = f"import sys; from stable_diffusion_tf.cli import main, quiet_import\n{code}"
+    code = (
+        "import sys\n"
+        "from stable_diffusion_tf.cli import main\n"
+        "from stable_diffusion_tf.cli.terminal import quiet_import\n"
+        f"{code}"
+    )
     return subprocess.run([*through, sys.executable, "-c", code], capture_output=True, **settings)
 
 
@@ -505,6 +520,22 @@ def test_a_process_starts_silently_and_keeps_what_is_finished_on_ctrl_c(
     assert out.decode().split() == [str(tmp_path / "a-cat.png")]
     assert os.listdir(tmp_path) == ["a-cat.png"]
     assert pixels(tmp_path / "a-cat.png").shape == (32, 32, 3)  # whole, and all that is there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_being_told_to_end_is_like_ctrl_c(tmp_path):
+    code = (
+        "import os, signal\n"
+        "from stable_diffusion_tf.cli.terminal import errors_in_one_line\n"
+        "from stable_diffusion_tf.files import atomic_path\n"
+        "main(['samplers'], standalone_mode=False)\n"
+        f"with errors_in_one_line(), atomic_path({str(tmp_path / 'file')!r}) as path:\n"
+        "    path.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    result = python(code)
+    assert (result.returncode, result.stderr) == (130, b"Interrupted.\n")
+    assert os.listdir(tmp_path) == []
 
 
 def test_who_has_read_enough_is_no_error():

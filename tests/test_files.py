@@ -83,3 +83,10 @@ def test_a_link_to_what_is_not_there_is_no_folder(tmp_path):
     for folder in ("link", "link/folder"):
         with pytest.raises(NotADirectoryError, match="link leads nowhere; take another"):
             check_folder(tmp_path / folder, "take another")
+
+
+def test_where_nothing_can_be_written_is_found_by_writing(tmp_path, monkeypatch):
+    """Not by permissions, by which root, and who has a network's disk, may write everywhere."""
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: (dir / "absent" / "file").open("w"))
+    with pytest.raises(PermissionError, match="cannot be written to; take another"):
+        check_folder(tmp_path / "new", "take another")

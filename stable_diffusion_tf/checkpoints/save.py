@@ -55,6 +55,7 @@ def save(models: Models, target: str | os.PathLike, dtype: str = "float32") -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
             write(models, temporary, dtype)
+            _check_free(target)  # of what has come meanwhile
     except FileExistsError:
         raise
     except OSError as error:
@@ -77,8 +78,7 @@ def convert(
 def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | None = None) -> None:
     """Raises, before any work, what `save` would; of a `config`, once it is known."""
     target = Path(target)
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists. Name another target, or move it away.")
+    _check_free(target)
     check_folder(target.parent, "name another target")
     if target.suffix.lower() in OTHER_FILES:
         raise ValueError(
@@ -95,6 +95,11 @@ def check_target(target: str | os.PathLike, dtype: str, config: ModelConfig | No
             f"{target}: a single file has no config, and is read as a published model. This one "
             f"has {lost} instead. Name a folder, which keeps it all."
         )
+
+
+def _check_free(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists. Name another target, or move it away.")
 
 
 def _is_file(target: Path) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -24,6 +26,8 @@ def main() -> None:
     \b
     Try:  sdtf generate "a red apple, noto style"
     """
+    if threading.current_thread() is threading.main_thread():  # else a signal is not ours to heed
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave nothing half-written
     if sys.stderr is None:  # closed: else the next file that is opened gets what is said there
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         os.dup2(sys.stderr.fileno(), 2)

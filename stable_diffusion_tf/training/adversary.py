@@ -11,6 +11,7 @@ from stable_diffusion_tf.models.base import building
 from stable_diffusion_tf.models.layers import group_norm
 
 
+@keras.saving.register_keras_serializable("stable_diffusion_tf")
 class Discriminator(keras.Model):
     """images (B, H, W, 3) in [-1, 1] -> scores (B, h, w, 1), higher for patches that look real.
 
@@ -30,6 +31,14 @@ class Discriminator(keras.Model):
                 x = ops.leaky_relu(x)
             x = conv(x, 1, 1, name="conv_out")
             super().__init__(images, x, name=name)
+        self.width = width
+
+    def get_config(self):
+        return {"width": self.width, "dtype": self.dtype_policy.name, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
 
 
 def conv(x, width, kernel, strides=1, *, name):

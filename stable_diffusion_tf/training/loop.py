@@ -17,9 +17,9 @@ from typing import Any
 import keras
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import trange
 
+from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.files import atomic_path, settle
 from stable_diffusion_tf.images import contact_sheet, save_png
@@ -165,8 +165,15 @@ class Saves:
         metadata = {"step": str(step), "recipe": json.dumps(self.recipe)}
         if self.schedule is not None:
             metadata["steps"] = str(self.schedule.steps)
-        save_file(arrays, part, metadata)
-        settle(part)
+        try:
+            save_safetensors(arrays, part, metadata)
+            settle(part)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(
+                f"{self.state} could not be written: {error.strerror or error}. Make room, and run "
+                "it again: it goes on from the last save."
+            ) from error
         if self.state.exists():
             os.replace(self.state, self.previous)
         os.replace(part, self.state)

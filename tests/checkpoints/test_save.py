@@ -79,6 +79,15 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, models, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_what_came_meanwhile_is_not_replaced(tmp_path, models, monkeypatch):
+    target = tmp_path / "saved.safetensors"
+    monkeypatch.setattr(checkpoints_save, "check_target", lambda *_: None)
+    monkeypatch.setattr(checkpoints_save, "write_file", lambda *_: target.write_text("theirs"))
+    with pytest.raises(FileExistsError, match=r"saved\.safetensors exists"):
+        save(models, target)
+    assert target.read_text() == "theirs"
+
+
 def test_a_name_may_be_as_long_as_any(tmp_path, models):
     save(models, tmp_path / (240 * "n"))
     assert (tmp_path / (240 * "n") / "model_index.json").exists()

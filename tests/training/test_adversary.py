@@ -56,6 +56,20 @@ def test_a_score_for_each_eighth_of_the_sides_and_a_loss_in_float32(dtype):
     assert keras.backend.standardize_dtype(loss.dtype) == "float32"
 
 
+# Keras's, which asks TensorFlow's variables for an array as NumPy 1 did.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_discriminator_is_read_again(tmp_path):
+    discriminator = Discriminator(width=8, dtype="mixed_bfloat16", name="critic")
+    discriminator.save(tmp_path / "critic.keras")
+    again = keras.models.load_model(tmp_path / "critic.keras")
+    assert type(again) is Discriminator
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype("f")
+    scores = [
+        ops.convert_to_numpy(ops.cast(one(images), "float32")) for one in (discriminator, again)
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
 def test_a_discriminator_learns_to_tell_a_blur():
     rng = np.random.default_rng(0)
     sharp = rng.choice([-1, 1], (8, 16, 16, 3)).astype("f")

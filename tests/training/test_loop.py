@@ -13,9 +13,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from small import run, weights
 
+from stable_diffusion_tf.checkpoints import readers
 from stable_diffusion_tf.compile import training_step
 from stable_diffusion_tf.training.ema import averaged, values
 from stable_diffusion_tf.training.loop import LossLog, Saves, train
@@ -130,6 +132,22 @@ def test_the_previous_save_is_kept_and_serves_when_the_last_is_gone(tmp_path):
     assert saves.restore() == 4
     saves.state.unlink()  # as when killed between the two renames
     assert saves.restore() == 2
+
+
+def test_a_full_disk_is_told_and_the_last_save_is_kept(tmp_path, monkeypatch):
+    def full(arrays, path, metadata):
+        path.write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    line_fit(tmp_path, 2, save_every=2)
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(readers, "save_file", full)
+    with pytest.raises(OSError, match=r"state.safetensors could not be written: .*No space left"):
+        line_fit(tmp_path, 4, save_every=2)
+    assert sorted(os.listdir(tmp_path)) == before
+    monkeypatch.undo()
+    line_fit(tmp_path, 4, save_every=2)
+    assert [step for step, _ in losses(tmp_path)] == [2, 4]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
