@@ -16,7 +16,13 @@ from stable_diffusion_tf import arguments, tasks
 from stable_diffusion_tf.checkpoints.catalog import STABLE_DIFFUSION, Source, open_checkpoint
 from stable_diffusion_tf.checkpoints.load import MODELS, Models, build_part, load_parts
 from stable_diffusion_tf.checkpoints.save import check_target, save
-from stable_diffusion_tf.compile import compiler, memory_errors, runs_ahead, uses_onednn
+from stable_diffusion_tf.compile import (
+    compiler,
+    memory_errors,
+    runs_ahead,
+    uses_onednn,
+    when_compiling,
+)
 from stable_diffusion_tf.config import ModelConfig
 from stable_diffusion_tf.diffusion.schedule import Step, start_scale, steps
 from stable_diffusion_tf.images import (
@@ -448,7 +454,11 @@ class StableDiffusion:
             "draw fewer, or smaller ones, or take a dtype of fewer bits"
         )
         shown = {"desc": "Loading the model", "unit": "step", "disable": not progress}
-        with memory_errors(remedy), tqdm(total=len(levels) - 1, **shown) as bar:
+        with (
+            memory_errors(remedy),
+            tqdm(total=len(levels) - 1, **shown) as bar,
+            when_compiling(lambda: bar.set_description(f"{bar.desc}compiling")),
+        ):
             # All of them now: a damaged file must be found before the work.
             used = {
                 "text_encoder": any(isinstance(part, Chunk) for one in conditions for part in one),
@@ -484,12 +494,14 @@ class StableDiffusion:
             for step, (x, x0) in enumerate(drawn, 1):
                 stage = f"denoising, step {step} of {bar.total}"
                 latents = self._networks.latents(x, stage)
+                bar.set_description("Denoising", refresh=False)
                 bar.update()
                 callback(step, bar.total, Preview(partial(self._networks.preview, x0)))
             if output == "latents":
                 return latents
             bar.set_description("Decoding")
             pictures = task.finish(self._networks.decode(latents))
+            bar.set_description("Drawn", refresh=False)
         return pictures if output == "float" else unit_to_uint8(pictures)
 
     def tokenize(

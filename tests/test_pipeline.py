@@ -701,6 +701,17 @@ def test_networks_in_memory_draw_as_they_are_now(tiny_model):
     assert synth.relative_error(latents(sd, PROMPT, **settings), before) > 1e-3
 
 
+def test_the_bar_says_that_it_compiles_when_it_does(tiny_model, capsys):
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    sd.generate(PROMPT, num_steps=2)
+    shown = capsys.readouterr().err
+    stages = re.findall(r"([A-Z][\w ]+): compiling", shown)
+    assert list(dict.fromkeys(stages)) == ["Encoding the text", "Denoising", "Decoding"]
+    assert shown.splitlines()[-1].startswith("Drawn: 100%")
+    sd.generate(PROMPT, num_steps=2)
+    assert "compiling" not in capsys.readouterr().err
+
+
 def test_the_bar_names_the_stages(small, photo, capsys):
     small.generate(PROMPT, num_steps=2)
     shown = capsys.readouterr().err

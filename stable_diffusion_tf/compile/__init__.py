@@ -7,6 +7,7 @@ may run: each is a module here, named after the package that it needs. `onednn` 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+_tell: ContextVar[Callable[[], None]] = ContextVar("tell", default=lambda: None)
 LARGE = 2**22  # numbers that TensorFlow has XLA compile for: a hundredth of a second's work
 
 
@@ -50,7 +52,7 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
     """
     own = backend()
     if engine is None:
-        return partial(own.compiled, jit=jit)
+        return _telling(partial(own.compiled, jit=jit))
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}, or None")
     if own is not _TensorFlow:
@@ -65,7 +67,29 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
             f"engine {engine!r} is not installed: "
             f'run `pip install "stable-diffusion-tf[{engine}]"`, or leave the engine out'
         )
-    return import_module(f"{__name__}.{engine}").compiled
+    return _telling(import_module(f"{__name__}.{engine}").compiled)
+
+
+@contextmanager
+def when_compiling(tell: Callable[[], None]) -> Iterator[None]:
+    """Within, `tell()` is called in this thread whenever something is about to be compiled."""
+    token = _tell.set(tell)
+    try:
+        yield
+    finally:
+        _tell.reset(token)
+
+
+def _telling(compiled):
+    def tells(function, variables=()):
+        @wraps(function)
+        def traced(*args):  # Python runs it when it is compiled, and only then
+            _tell.get()()
+            return function(*args)
+
+        return compiled(traced, variables)
+
+    return tells
 
 
 def uses_onednn() -> bool:

@@ -92,7 +92,10 @@ def train(
     recent = []
     bar = trange(start, steps, total=steps, initial=start, unit="step", disable=not progress)
     for step in bar:
+        if step == start:
+            bar.set_description("Compiling")
         recent.append(update(*batch(step)))
+        bar.set_description("Training", refresh=False)
         done = step + 1
         saving = done % save_every == 0 or done == steps
         if saving or done % log_every == 0:
