@@ -99,11 +99,11 @@ class StableDiffusion:
                 f"max_text_len must be {positions}, not {max_text_len!r}: the text encoder has "
                 "that many positions"
             )
-        dtype = keras.config.dtype_policy().name
-        load = partial(load_parts, checkpoint, dtype=dtype)
+        policy = keras.config.dtype_policy()
+        load = partial(load_parts, checkpoint, dtype=policy)
         if not download_weights:
-            load = partial(_random, checkpoint.config, dtype=dtype)
-        _warn_of_dtype(dtype)
+            load = partial(_random, checkpoint.config, dtype=policy)
+        _warn_of_dtype(policy.name)
         self._setup(checkpoint.config, load, img_height, img_width, jit_compile)
 
     @classmethod

@@ -273,7 +273,7 @@ def test_what_is_logged_is_shown_once_a_command(sdtf, monkeypatch):
         (["a", "--eta", "1", "--sampler", "euler"], "samplers with one: ddim"),
         (["a", "--karras"], "schedule 'karras' does not apply; samplers that take it: lms, euler"),
         (["a", "--rescale", "2"], "--rescale must be from 0 to 1"),
-        (["a", "--image", "no.png"], "No such file or directory: 'no.png'"),
+        (["a", "--image", "no.png"], "Error: No such file or directory: 'no.png'"),
         (["a", "--image", "file"], "file is no picture in one of PNG, JPEG"),
         (["a", "--image", "num_steps.png"], "No such file or directory: 'num_steps.png'"),
         (["a", "--mask", "file"], "--mask says where to repaint --image; give that too"),
@@ -310,6 +310,13 @@ def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, argum
     assert line.startswith("Error: ")
     assert message in line
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_may_be_called_like_a_picture(sdtf, tmp_path):
+    (tmp_path / "it.png").mkdir()
+    result = sdtf("a cat", "--steps", "1", "--output", "it.png")
+    assert result.exit_code == 0, result.output
+    assert os.listdir("it.png") == ["a-cat.png"]
 
 
 def test_weights_come_from_a_hub(sdtf, hub, tiny_model):

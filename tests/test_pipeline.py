@@ -1051,18 +1051,23 @@ def test_what_is_for_gpus_is_warned_of_on_a_processor(
     )
 
 
-def test_the_global_dtype_policy_is_that_of_the_moment_of_making(monkeypatch, caplog):
+@pytest.mark.parametrize("download_weights", [False, True])
+def test_the_global_dtype_policy_is_that_of_the_moment_of_making(
+    monkeypatch, caplog, download_weights
+):
     monkeypatch.setattr("stable_diffusion_tf.pipeline.uses_onednn", lambda: True)
     monkeypatch.setattr(
         "stable_diffusion_tf.pipeline.build_part", lambda config, part, dtype: dtype
     )
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        sd = StableDiffusion(download_weights=False)
-    finally:
-        keras.config.set_dtype_policy(before)
-    assert sd.diffusion_model == "mixed_float16"
+    monkeypatch.setattr(
+        "stable_diffusion_tf.pipeline.load_parts",
+        lambda checkpoint, parts, dtype=None: dict.fromkeys(parts, dtype),
+    )
+    policy = keras.DTypePolicy("mixed_float16")
+    with monkeypatch.context() as then:
+        then.setattr(keras.config, "dtype_policy", lambda: policy)
+        sd = StableDiffusion(download_weights=download_weights)
+    assert sd.diffusion_model is policy  # itself: its name alone may not make it again
     (message,) = caplog.messages
     assert message.startswith("mixed_float16 is for GPUs: ")
 

@@ -287,7 +287,8 @@ class _TensorFlow:
     def fused(function):
         """By XLA only what is large: the rest takes less time than its compilation."""
         large, small = (_TensorFlow.traced_once(function, jit) for jit in (True, False))
-        large = _TensorFlow.differentiated_as(small, large)  # XLA keeps more for its gradient
+        # XLA would keep more for its gradient than x.
+        large = _TensorFlow.differentiated_as(function, large, jit=True)
 
         def call(x, *args):
             known = None not in x.shape and _TensorFlow.uses_onednn()
@@ -325,19 +326,20 @@ class _TensorFlow:
         return call
 
     @staticmethod
-    def differentiated_as(function, fast):
+    def differentiated_as(function, fast, jit=False):
         import tensorflow as tf
+
+        # Called, so not before `upstream` is there: what it computes again would be kept till then.
+        @partial(_TensorFlow.traced_once, jit=jit)
+        def gradient(upstream, *args):
+            with tf.GradientTape() as tape:
+                tape.watch(args)
+                result = function(*args)
+            return tape.gradient(result, args, upstream)
 
         @tf.custom_gradient
         def call(*args):
-            def gradient(upstream):
-                # Not before it is needed: what it computes again would be kept until then.
-                with tf.control_dependencies([upstream]), tf.GradientTape() as tape:
-                    tape.watch(args)
-                    result = function(*args)
-                return tape.gradient(result, args, upstream)
-
-            return fast(*args), gradient
+            return fast(*args), lambda upstream: gradient(upstream, *args)
 
         return call
 

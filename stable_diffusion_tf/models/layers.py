@@ -156,10 +156,7 @@ def gelu(x):
 
 
 class GatedGELU(layers.Dense):
-    """x -> h * gelu(gate), twice `width` units (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, width, **kwargs):
-        super().__init__(2 * width, **kwargs)
+    """x -> h * gelu(gate), half of the `units` each (Shazeer 2020, arXiv:2002.05202)."""
 
     def call(self, x):
         return gated(ops.matmul(x, self.kernel), ops.cast(self.bias, "float32"))

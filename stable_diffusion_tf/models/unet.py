@@ -176,5 +176,5 @@ def attention(x, context, heads, name):
 def geglu(x, name):
     """Feed-forward gated by GELU (Shazeer 2020, arXiv:2002.05202)."""
     width = x.shape[-1]
-    h = GatedGELU(4 * width, name=f"{name}.0.proj")(x)
+    h = GatedGELU(8 * width, name=f"{name}.0.proj")(x)
     return dense(h, width, f"{name}.2")

@@ -7,7 +7,6 @@ the weights, the optimizer (with its moving average of the weights) and that num
 import csv
 import json
 import os
-import reprlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
@@ -26,6 +25,7 @@ from stable_diffusion_tf.images import contact_sheet, save_png
 from stable_diffusion_tf.training.ema import averaged, take_average, values
 from stable_diffusion_tf.training.optimizer import decaying
 
+SHOWN = 40  # characters of a long value
 REMEDY = "Lower the learning rate, or train in float32"  # of numbers that are not finite
 
 
@@ -204,9 +204,8 @@ class Saves:
         ours = {name: tuple(v.shape) for name, v in self.variables.items()}
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         recipe = json.loads(file.metadata()["recipe"])
-        shown = reprlib.repr  # without the middle of what is long
         differ = [
-            f"{key} (then {shown(recipe.get(key))}, now {shown(self.recipe.get(key))})"
+            f"{key} ({_difference(recipe.get(key), self.recipe.get(key))})"
             for key in sorted(self.recipe | recipe)
             if self.recipe.get(key) != recipe.get(key)
         ]
@@ -226,6 +225,16 @@ class Saves:
                 "other learning rates before that: the warm-up is another, or the decay had begun. "
                 f"Train {steps} steps in all, or in a new folder"
             )
+
+
+def _difference(then: str | None, now: str | None) -> str:
+    """Two values of a recipe, or None, from a little before where they differ."""
+    said = ["absent" if value is None else repr(value) for value in (then, now)]
+    same = next((i for i, (a, b) in enumerate(zip(*said, strict=False)) if a != b), 0)
+    start = max(0, same - SHOWN // 2)
+    end = start + SHOWN
+    then, now = ("…" * (start > 0) + text[start:end] + "…" * (end < len(text)) for text in said)
+    return f"then {then}, now {now}"
 
 
 class LossLog:

@@ -19,11 +19,14 @@ def enable_lora(unet: keras.Model, rank: int):
         rank: of each product; of a kernel of 320 x 320, rank 4 trains 2 x 320 x 4 weights.
 
     Raises:
-        ValueError: `rank` is no whole number of 1 or more; or the UNet has such products already.
+        ValueError: `rank` is no whole number of 1 or more; or the model has no such projections, or
+            has such products already.
     """
-    if not isinstance(rank, Integral) or rank < 1:
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be a whole number, 1 or more, not {rank!r}")
     adapted = [layer for layer in unet.layers if re.search(PROJECTIONS, layer.name)]
+    if not adapted:
+        raise ValueError(f"{unet.name} has no attentions' projections to add to; give a UNet")
     if any(layer.lora_enabled for layer in adapted):
         raise ValueError(f"{unet.name} has LoRA already; load it again for another rank")
     for layer in unet.layers:

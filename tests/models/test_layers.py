@@ -200,7 +200,7 @@ def test_gelu():
 
 
 def test_gated_gelu():
-    layer = GatedGELU(5, bias_initializer="normal")
+    layer = GatedGELU(10, bias_initializer="normal")
     x = RNG.standard_normal((2, 3, 8), dtype="f")
     layer.build(x.shape)
     h, gate = np.split(x @ np.asarray(layer.kernel) + np.asarray(layer.bias), 2, -1)

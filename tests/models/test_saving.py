@@ -49,6 +49,19 @@ def test_a_keras_file_is_read_again(tmp_path, part, dtype):
     np.testing.assert_array_equal(outputs(part, again), outputs(part, model))
 
 
+def test_a_model_of_the_same_layers_is_cloned_and_read_again(tmp_path):
+    model = build_part(TINY, "unet")
+    own = keras.Model(model.input, model.output)
+    own.save(tmp_path / "model.keras")
+    kinds = {type(layer).__name__: type(layer) for layer in model.layers}
+    for again in (
+        keras.models.clone_model(own),
+        keras.models.load_model(tmp_path / "model.keras", custom_objects=kinds),
+    ):
+        again.set_weights(model.get_weights())
+        np.testing.assert_array_equal(outputs("unet", again), outputs("unet", model))
+
+
 @pytest.mark.parametrize("part", MODELS)
 def test_a_config_makes_the_same_network_with_weights_of_its_own(part):
     model = build_part(TINY, part)

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -173,6 +174,22 @@ def test_a_save_of_another_recipe_is_refused_by_key(tmp_path):
     message = r"state.safetensors is of another .*recipe.*first norm \(then 'l2', now 'l1'\)\."
     with pytest.raises(ValueError, match=message):
         line_fit(tmp_path, 2, recipe={"norm": "l1", "rate": 0.1})
+
+
+def test_of_long_values_what_differs_is_shown_and_all_that_differs_is_counted(tmp_path):
+    line_fit(tmp_path, 1, recipe={"config": f"{'a' * 99}(epsilon, {'b' * 99})"})
+    state = Saves(
+        tmp_path,
+        line("other").trainable_variables,
+        keras.optimizers.SGD(0.1),
+        {"config": f"{'a' * 99}(v, {'b' * 99})", "seed": 1},
+    )
+    with pytest.raises(ValueError) as error:
+        state.restore()
+    message = str(error.value)
+    assert f"(then …{'a' * 19}(epsilon, {'b' * 11}…, now …{'a' * 19}(v, {'b' * 17}…)" in message
+    assert "), seed (then absent, now '1'), " in message
+    assert re.search(r"recipe: 1\d entries differ", message)  # and all variables
 
 
 def test_a_damaged_save_is_named_with_the_one_before_it(tmp_path):

@@ -46,7 +46,7 @@ def test_the_projections_additions_alone_are_trained_and_are_0_at_first():
     assert len(trained) + len(unet.non_trainable_variables) == len(unet.variables)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.0, "4", None])
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "4", None])
 def test_a_wrong_rank_changes_nothing(rank):
     unet = build().unet
     with pytest.raises(ValueError, match=f"rank must be a whole number, 1 or more, not {rank!r}"):
@@ -54,6 +54,13 @@ def test_a_wrong_rank_changes_nothing(rank):
     enable_lora(unet, 2)
     with pytest.raises(ValueError, match="diffusion_model has LoRA already; load it again"):
         enable_lora(unet, 2)
+
+
+def test_what_has_no_projections_is_left_as_it_is():
+    decoder = build().decoder
+    with pytest.raises(ValueError, match="decoder has no attentions' projections to add to"):
+        enable_lora(decoder, 2)
+    assert decoder.trainable_variables
 
 
 def test_what_is_trained_is_saved_and_drawn_again(tmp_path):
