@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from stable_diffusion_tf.cli.options import PREDICTION, VAE
 from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+from stable_diffusion_tf.files import check_folder
 
 with errors_in_one_line(), quiet_import():
     import keras
@@ -123,6 +124,7 @@ def main(
     with errors_in_one_line():
         check_target(target, "float32")
         check_apart(target, runs / target.name)
+        check_folder(runs / target.name, "name another folder with --runs")
         checkpoint = open_checkpoint(source, vae=vae, prediction=prediction)
         check_target(target, "float32", checkpoint.config)
         if checkpoint.config.unet.inpaints:

@@ -135,7 +135,7 @@ class StableDiffusion:
             engine: what runs the networks: None, the Keras backend; "openvino": OpenVINO on the
                 CPU, in bfloat16 where `dtype` has that, else in float32; for each shape that is
                 drawn it compiles and keeps a copy of the weights. Needs
-                `pip install "stable-diffusion-tf[openvino]"`.
+                `pip install openvino`.
             options: `prediction`, `vae`, `ema`, `variant` and `config`, as of
                 `checkpoints.catalog.open_checkpoint`.
 

@@ -312,6 +312,12 @@ def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, argum
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_an_empty_folder_is_the_default(sdtf, tmp_path):
+    result = sdtf("a cat", "--steps", "1", "--output", "", "--batch", "")
+    assert result.exit_code == 0, result.output
+    assert os.listdir(tmp_path) == ["outputs"]
+
+
 def test_a_folder_may_be_called_like_a_picture(sdtf, tmp_path):
     (tmp_path / "it.png").mkdir()
     result = sdtf("a cat", "--steps", "1", "--output", "it.png")
@@ -459,6 +465,10 @@ def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
         os.write(2, b"the cause")
         raise ImportError
     assert capfd.readouterr().err == "the cause"
+    with pytest.raises(KeyboardInterrupt), quiet_import():
+        os.write(2, b"noise")
+        raise KeyboardInterrupt
+    assert capfd.readouterr().err == ""
 
 
 def python(code, *, through=(), **settings):

@@ -119,7 +119,7 @@ def test_a_run_of_other_captions_or_settings_is_not_gone_on_from(folder, trained
     (folder / "pictures" / "fox.txt").write_text("a fox")
     result = run(folder, "--seed=1")
     assert result.exit_code == 2
-    assert "another model, optimizer or recipe: 2 entries differ, first captions" in result.output
+    assert "another model, optimizer or recipe; differences: 2, first captions" in result.output
     assert "seed (then '0', now '1')" in result.output
 
 
@@ -127,13 +127,13 @@ def test_a_run_of_another_model_is_not_gone_on_from(folder, trained):
     shutil.copytree(trained / "runs", folder / "runs")
     result = run(folder, "--prediction=v")
     assert result.exit_code == 2
-    assert "another model, optimizer or recipe: 1 entries differ, first config" in result.output
+    assert "another model, optimizer or recipe; differences: 1, first config" in result.output
     models = load(folder / "small")
     models.text_encoder.weights[0].assign(models.text_encoder.weights[0] + 1)
     save(models, folder / "other")
     result = run(folder, source="other")
     assert result.exit_code == 2
-    assert "another model, optimizer or recipe: 1 entries differ, first source" in result.output
+    assert "another model, optimizer or recipe; differences: 1, first source" in result.output
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ class TestInfo:
         ("content", "arguments", "message"),
         [
             ({}, [], "Error: it.png does not say how it was drawn: it has no text 'parameters'."),
-            ({"parameters": "a"}, ["--json"], "it has no text 'stable_diffusion_tf'."),
+            ({"parameters": "a"}, ["--json"], "'stable_diffusion_tf'; without --json it does."),
             ({"stable_diffusion_tf": "{"}, ["--json"], "it.png is damaged: its text "),
             (None, [], "Error: it.png is no PNG."),
         ],

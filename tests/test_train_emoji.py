@@ -205,6 +205,6 @@ def test_it_trains_goes_on_from_its_saves_and_keeps_what_is_there(artworks, tmp_
 
     shutil.rmtree(tmp_path / "diffusion")
     refused = run("third", "--shift=1")  # the decoder was trained for the network of the first
-    assert "another model, optimizer or recipe: 1 entries differ, first start" in str(
+    assert "another model, optimizer or recipe; differences: 1, first start" in str(
         refused.exception
     )

@@ -77,7 +77,10 @@ def info(picture: str, as_json: bool) -> None:
         text = read_png_text(picture)
         key = KEYWORD if as_json else "parameters"
         if key not in text:
-            raise ValueError(f"{picture} does not say how it was drawn: it has no text {key!r}.")
+            other = "; without --json it does" if "parameters" in text else ""
+            raise ValueError(
+                f"{picture} does not say how it was drawn: it has no text {key!r}{other}."
+            )
         click.echo(same_json(text[key], picture) if as_json else printable(text[key]))
 
 

@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.hub import sha256
-from stable_diffusion_tf.cli.options import PREDICTION, VAE, Karras, Size, setting
+from stable_diffusion_tf.cli.options import PREDICTION, VAE, Karras, Size, option, setting
 from stable_diffusion_tf.cli.repeat import (
     Like,
     changed,
@@ -112,7 +112,7 @@ def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Li
     type=click.Choice(list(STREAMS)),
     help="Whose random numbers a seed stands for; torch: those of PyTorch on the CPU.",
 )
-@click.option(
+@option(
     "--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures of each prompt."
 )
 @setting(
@@ -170,7 +170,8 @@ def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Li
     "mask_feather",
     default=0.0,
     show_default=True,
-    help="Pixels over which what is repainted fades in, inwards from the mask's edge.",
+    help="Width, in pixels of the picture that is drawn, over which what is repainted fades in, "
+    "inwards from the mask's edge.",
 )
 @setting(
     "--weights",
@@ -197,12 +198,12 @@ def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Li
 @setting(
     "--engine", metavar="NAME", help="What runs the networks: openvino; else the Keras backend."
 )
-@click.option(
+@option(
     "--output",
     default="outputs",
     show_default=True,
     metavar="FOLDER",
-    type=click.Path(file_okay=False, writable=True, path_type=Path),
+    type=click.Path(path_type=Path),
 )
 @click.option(
     "--grid", is_flag=True, help="One more picture, grid.png, with all of them and their prompts."
@@ -225,22 +226,22 @@ def generate(
 ) -> None:
     """Draw a picture of each PROMPT, from nothing or over another picture.
 
-    Each picture becomes a PNG in the output folder, named after its prompt; its path is printed.
-    The seed and all other settings are stored in the PNG; `sdtf info` prints them, and --like draws
-    the picture again, bit for bit with the same machine and versions. What is given beside it, a
-    prompt or settings, counts; the rest is the PNG's. An empty value, as in --image "", is the
-    option's default.
+    Each picture becomes a PNG in the output folder, named after its prompt, with a number where
+    that name is taken; its path is printed. The seed and all other settings are stored in the PNG;
+    `sdtf info` prints them, and --like draws the picture again, bit for bit with the same machine
+    and versions. What is given beside it, a prompt or settings, counts; the rest is the PNG's. An
+    empty value, as in --image "", is the option's default.
 
     \b
     Examples:
       sdtf generate "a red apple, noto style"
       sdtf generate "cat face, blob style" "rocket, flat style" --batch 4 --seed 7 --grid
-      sdtf generate "a house" --negative "tree" --steps 50 --guidance 5
-      sdtf generate "a green apple" --image apple.png --strength 0.6
-      sdtf generate "a worm" --image apple.png --mask hole.png --strength 1
+      sdtf generate "apple, noto style" --negative "green apple, noto style" --steps 50
+      sdtf generate "a green apple, noto style" --image apple.png --strength 0.6
+      sdtf generate "a worm, noto style" --image apple.png --mask hole.png --strength 1
       sdtf generate "a photo of a fox" --weights path/to/stable-diffusion --size 512x768
-      sdtf generate "a (red:1.3) apple with [leaves]" --prompts-file more.txt
-      sdtf generate --like outputs/a-house.png --steps 100
+      sdtf generate "a (red:1.3) apple, [flat] style" --prompts-file more.txt
+      sdtf generate --like outputs/rocket-flat-style.png --steps 100
     """
     model = {name: drawing.pop(name) for name in MODEL}
     with errors_in_one_line():

@@ -7,11 +7,8 @@ from typing import Any
 import click
 
 
-class Setting(click.Option):
-    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter.
-
-    An empty value is the default, whatever a PNG says.
-    """
+class Option(click.Option):
+    """One of which an empty value is the default, whatever a PNG says."""
 
     def __init__(self, *args: Any, default: Any = None, **attributes: Any):
         super().__init__(*args, default=default, **attributes)
@@ -21,6 +18,11 @@ class Setting(click.Option):
         return super().type_cast_value(context, self.usual if value == "" else value)
 
 
+class Setting(Option):
+    """What the picture depends on: stored in its PNG, by the name of `generate`'s parameter."""
+
+
+option = partial(click.option, cls=Option)
 setting = partial(click.option, cls=Setting)
 
 
@@ -29,7 +31,7 @@ class Size(click.ParamType):
 
     def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
         """ "64" or "64x96" -> (width, height)."""
-        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", str(value))
+        match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(value))
         if not match:
             self.fail(f"{value!r} is neither a side (512) nor WIDTHxHEIGHT (512x768)", param)
         return int(match[1]), int(match[2] or match[1])

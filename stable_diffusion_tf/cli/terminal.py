@@ -30,7 +30,7 @@ def quiet_import() -> Iterator[None]:
         os.dup2(said.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             said.seek(0)
             os.write(screen, said.read())
             raise

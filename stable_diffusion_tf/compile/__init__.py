@@ -64,8 +64,7 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
         raise ValueError(f"engine {engine!r} does without XLA; leave jit_compile out")
     if find_spec(engine) is None:
         raise ImportError(
-            f"engine {engine!r} is not installed: "
-            f'run `pip install "stable-diffusion-tf[{engine}]"`, or leave the engine out'
+            f"engine {engine!r} is not installed: run `pip install {engine}`, or leave it out"
         )
     return _telling(import_module(f"{__name__}.{engine}").compiled)
 

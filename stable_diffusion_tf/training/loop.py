@@ -212,7 +212,7 @@ class Saves:
         differ += sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         if differ:
             raise ValueError(
-                f"{saved} is of another model, optimizer or recipe: {len(differ)} entries differ, "
+                f"{saved} is of another model, optimizer or recipe; differences: {len(differ)}, "
                 f"first {', '.join(differ[:3])}. Train in a new folder, or as that run did"
             )
         metadata = file.metadata()

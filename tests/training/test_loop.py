@@ -189,7 +189,7 @@ def test_of_long_values_what_differs_is_shown_and_all_that_differs_is_counted(tm
     message = str(error.value)
     assert f"(then …{'a' * 19}(epsilon, {'b' * 11}…, now …{'a' * 19}(v, {'b' * 17}…)" in message
     assert "), seed (then absent, now '1'), " in message
-    assert re.search(r"recipe: 1\d entries differ", message)  # and all variables
+    assert re.search(r"differences: 1\d, ", message)  # and all variables
 
 
 def test_a_damaged_save_is_named_with_the_one_before_it(tmp_path):
