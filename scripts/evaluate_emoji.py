@@ -204,7 +204,7 @@ def main(
     with quiet_import():  # here: the metrics are tested without Keras
         from style_classifier import StyleClassifier
 
-        from stable_diffusion_tf.pipeline import StableDiffusion
+        from stable_diffusion_tf import StableDiffusion
 
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

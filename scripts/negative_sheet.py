@@ -10,7 +10,7 @@ from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
 from stable_diffusion_tf.images import contact_sheet, free_path, save_png
 
 with errors_in_one_line(), quiet_import():
-    from stable_diffusion_tf.pipeline import StableDiffusion
+    from stable_diffusion_tf import StableDiffusion
 
 SEEDS = (1, 2, 3)
 PROMPTS = (  # what is drawn, and what it is drawn away from
