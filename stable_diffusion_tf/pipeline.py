@@ -457,7 +457,7 @@ class StableDiffusion:
         with (
             memory_errors(remedy),
             tqdm(total=len(levels) - 1, **shown) as bar,
-            when_compiling(lambda: bar.set_description(f"{bar.desc}compiling")),
+            when_compiling(lambda: bar.set_description(f"{bar.desc.partition(':')[0]}: compiling")),
         ):
             # All of them now: a damaged file must be found before the work.
             used = {

@@ -90,7 +90,10 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
 
 def with_options(message: str) -> str:
     """What an error says, with the command's options in the place of the API's parameters."""
-    command = click.get_current_context().command
+    context = click.get_current_context(silent=True)
+    if context is None:  # while a script is imported
+        return message
+    command = context.command
     # Those with an underscore, which are no English words; and not in quotes or a file's name.
     options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
     options |= {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
