@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +48,10 @@ def check_folder(folder: Path, remedy: str) -> None:
         raise NotADirectoryError(f"{existing} leads nowhere; {remedy}.")
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; {remedy}.")
+    probe = existing / f".{uuid.uuid4().hex}.tmp"
     try:  # to root, the system calls all writable
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError:
         raise PermissionError(f"{existing} cannot be written to; {remedy}.") from None
 

@@ -457,6 +457,27 @@ def test_the_sheet_of_the_demo_starts_silently(tmp_path, tiny_model, monkeypatch
     assert os.listdir(tmp_path) == ["contact_sheet.png"]
 
 
+def average_models(*through, **environment):
+    """Runs a script that imports a backend, in a process of its own."""
+    script = [sys.executable, "scripts/average_models.py", "--help"]
+    settings = {"cwd": ROOT, "capture_output": True, "env": {**os.environ, **environment}}
+    return subprocess.run([*through, *script], **settings)
+
+
+def test_a_script_s_failed_import_is_one_line():
+    result = average_models(KERAS_BACKEND="nothing")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == b"Error: Unable to import backend : nothing"
+    assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX descriptors")
+def test_a_script_runs_without_a_screen():
+    result = average_models("sh", "-c", 'exec "$@" 2>&-', "sh")
+    assert result.returncode == 0
+    assert b"Usage: average_models.py" in result.stdout
+
+
 def test_an_import_s_noise_is_shown_only_when_it_fails(capfd):
     with quiet_import():
         os.write(2, b"noise")

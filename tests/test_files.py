@@ -1,5 +1,6 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,6 @@ def test_a_link_to_what_is_not_there_is_no_folder(tmp_path):
 
 def test_where_nothing_can_be_written_is_found_by_writing(tmp_path, monkeypatch):
     """Not by permissions, by which root, and who has a network's disk, may write everywhere."""
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: (dir / "absent" / "file").open("w"))
+    monkeypatch.setattr(Path, "touch", lambda path, **_: (path / "absent" / "file").open("w"))
     with pytest.raises(PermissionError, match="cannot be written to; take another"):
         check_folder(tmp_path / "new", "take another")

@@ -710,6 +710,8 @@ def test_the_bar_says_that_it_compiles_when_it_does(tiny_model, capsys):
     assert shown.splitlines()[-1].startswith("Drawn: 100%")
     sd.generate(PROMPT, num_steps=2)
     assert "compiling" not in capsys.readouterr().err
+    sd.generate(PROMPT, num_steps=3, reuse=2)  # which compiles twice while it denoises
+    assert "compiling: compiling" not in capsys.readouterr().err
 
 
 def test_the_bar_names_the_stages(small, photo, capsys):

@@ -1,7 +1,6 @@
 """The command line: arguments in, files out. What is slow to import waits for its use."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -12,7 +11,7 @@ import click
 from stable_diffusion_tf.cli.draw import SAMPLERS_TABLE, generate
 from stable_diffusion_tf.cli.hub import weights
 from stable_diffusion_tf.cli.options import PREDICTION, VAE
-from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+from stable_diffusion_tf.cli.terminal import ensure_stderr, errors_in_one_line, quiet_import
 from stable_diffusion_tf.images import read_png_text
 from stable_diffusion_tf.screen import printable
 from stable_diffusion_tf.settings import KEYWORD
@@ -28,9 +27,7 @@ def main() -> None:
     """
     if threading.current_thread() is threading.main_thread():  # else a signal is not ours to heed
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave nothing half-written
-    if sys.stderr is None:  # closed: else the next file that is opened gets what is said there
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        os.dup2(sys.stderr.fileno(), 2)
+    ensure_stderr()
     if getattr(sys.stdout, "errors", None) == "strict":  # a prompt may have what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -18,6 +18,13 @@ class ChangedError(ValueError):
     """What a picture was drawn with is gone, or another by now."""
 
 
+def ensure_stderr() -> None:
+    """Opens stderr where it is closed: else the next file opened gets what is said there."""
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        os.dup2(sys.stderr.fileno(), 2)
+
+
 @contextmanager
 def quiet_import() -> Iterator[None]:
     """Keeps what TensorFlow says while it is imported off the screen, unless the import fails.
@@ -25,6 +32,7 @@ def quiet_import() -> Iterator[None]:
     Its first lines do not obey TF_CPP_MIN_LOG_LEVEL and are written by C++, past `sys.stderr`.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    ensure_stderr()
     screen = os.dup(2)
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)

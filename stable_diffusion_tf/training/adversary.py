@@ -36,10 +36,6 @@ class Discriminator(keras.Model):
     def get_config(self):
         return {"width": self.width, "dtype": self.dtype_policy.name, "name": self.name}
 
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
 
 def conv(x, width, kernel, strides=1, *, name):
     kind = {"padding": "same", "data_format": "channels_last", "name": name}
