@@ -305,6 +305,50 @@ def test_onednn_normalizes_a_picture_or_two_of_known_size(shape, dtype, jit, cou
 
 
 @with_onednn
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16", "mixed_float16"])
+def test_onednn_standardizes_and_is_differentiated_as_any_backend(dtype, monkeypatch):
+    norm = LayerNormalization(epsilon=1e-5, dtype=dtype)
+    norm.build((2, 5, 12))
+    for weight in norm.weights:
+        weight.assign(RNG.standard_normal(12))
+    x = ops.cast(3 + RNG.standard_normal((2, 5, 12), dtype="f"), norm.compute_dtype)
+
+    def standardized():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = norm(x)
+            value = ops.sum(ops.sin(ops.cast(y, "float32")))
+        return [y, *tape.gradient(value, [x, norm.gamma.value, norm.beta.value])]
+
+    expected = standardized()
+    monkeypatch.setattr(onednn, "STANDARDIZED", 0)
+    for value, other in zip(compiler()(standardized)(), expected, strict=True):
+        assert value.dtype == other.dtype
+        eps = float(ml_dtypes.finfo(norm.compute_dtype).eps)
+        value, other = (np.asarray(ops.cast(v, "float32")) for v in (value, other))
+        np.testing.assert_allclose(value, other, rtol=0, atol=4 * eps * np.abs(other).max())
+
+
+@with_onednn
+@pytest.mark.parametrize(
+    "shape, jit, count",
+    [
+        ((1, 64, 2048), False, 1),
+        ((64, 2048), False, 1),
+        ((1, 64, 2047), False, 0),
+        ((1, 64, 2048), True, 0),
+        ((None, 64, 2048), False, 0),
+    ],
+)
+def test_onednn_standardizes_what_is_large_and_of_known_size(shape, jit, count):
+    norm = LayerNormalization()
+    norm.build(shape)
+    function = tf.function(lambda x: norm(x), jit_compile=jit, autograph=False)
+    graph = function.get_concrete_function(tf.TensorSpec(shape)).graph.as_graph_def()
+    assert [node.op for node in graph.node].count("_MklLayerNorm") == count
+
+
+@with_onednn
 def test_what_is_traced_once_is_called_and_fused_with_what_follows():
     norm = GroupNormalization(2)
     norm.build((1, 4, 4, 8))

@@ -127,6 +127,14 @@ def affine(x, scale, shift):
     return backend().affine(x, scale, shift)
 
 
+def standardize(x, gamma, beta, epsilon):
+    """x (..., C), of mean 0 and variance 1 over C, * gamma + beta, each (C,).
+
+    Computed in float32, rounded once to x's type.
+    """
+    return backend().standardize(x, gamma, beta, epsilon)
+
+
 def traced_once(function):
     """Returns `function` for use in what is compiled: its calls of equal shapes share one trace.
 
@@ -201,6 +209,14 @@ class _Plain:
     def affine(x, scale, shift):
         return keras.ops.cast(keras.ops.cast(x, "float32") * scale + shift, x.dtype)
 
+    @staticmethod
+    def standardize(x, gamma, beta, epsilon):
+        ops, dtype = keras.ops, x.dtype
+        x, gamma, beta = (ops.cast(each, "float32") for each in (x, gamma, beta))
+        x = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        return ops.cast(x * ops.rsqrt(variance + epsilon) * gamma + beta, dtype)
+
 
 class _TensorFlow:
     runs_ahead = False
@@ -228,11 +244,40 @@ class _TensorFlow:
     @staticmethod
     def normalizer(x):
         """Who computes what is asked of x: of a picture or two of known size, oneDNN."""
-        if None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn():
+        if _TensorFlow.is_for_onednn(x):
             onednn = import_module(f"{__name__}.onednn")
             if x.shape[0] <= onednn.PICTURES.get(keras.backend.standardize_dtype(x.dtype), 0):
                 return onednn
         return _Plain
+
+    @staticmethod
+    def is_for_onednn(x):
+        """Whether TensorFlow's oneDNN can compute with x; what has unknown sizes, engines may."""
+        return None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn()
+
+    @staticmethod
+    def standardize(x, gamma, beta, epsilon):
+        import tensorflow as tf
+
+        onednn = import_module(f"{__name__}.onednn")
+        fast = not tf.executing_eagerly() and _TensorFlow.is_for_onednn(x)
+        fast = fast and math.prod(x.shape) >= onednn.STANDARDIZED
+        weights = (tf.convert_to_tensor(weight) for weight in (gamma, beta))
+        return _TensorFlow.standardizers(epsilon)[fast](x, *weights)
+
+    @staticmethod
+    @cache
+    def standardizers(epsilon):
+        """Without oneDNN, and with."""
+        onednn = import_module(f"{__name__}.onednn")
+
+        def plain(x, gamma, beta):
+            return _Plain.standardize(x, gamma, beta, epsilon)
+
+        def fast(x, gamma, beta):
+            return onednn.standardize(x, gamma, beta, epsilon)
+
+        return _TensorFlow.traced_once(plain), _TensorFlow.differentiated_as(plain, fast)
 
     @staticmethod
     def in_xla():

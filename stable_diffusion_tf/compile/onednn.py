@@ -11,6 +11,7 @@ import tensorflow as tf
 
 # Types, and up to how many pictures this is faster for; each makes the graph larger.
 PICTURES = {"float32": 1, "bfloat16": 2}
+STANDARDIZED = 2**17  # numbers, from which on it is faster: it takes a tenth of a millisecond more
 SUMMED = 2**17  # values in a row, at most: float32's sums of more are off by 1e-5
 
 
@@ -53,3 +54,19 @@ def affine(x, scale, shift):
 def batch_norm(x, scale, shift, **settings):
     """x (1, N, 1, C) -> the operation's outputs, by name."""
     return tf.raw_ops.FusedBatchNormV3(x=x, scale=scale, offset=shift, epsilon=0, **settings)
+
+
+def standardize(x, gamma, beta, epsilon):
+    """By an operation that TensorFlow has in graphs only, for its own optimizer to put there.
+
+    All that it takes is of one type, from which it computes in float32.
+    """
+    dtype = x.dtype if x.dtype == gamma.dtype == tf.bfloat16 else tf.float32
+    rows = tf.reshape(tf.cast(x, dtype), (-1, x.shape[-1]))
+    gamma, beta = (tf.cast(w, dtype) for w in (gamma, beta))
+    attributes = {"T": tf.compat.v1.AttrValue(type=dtype.as_datatype_enum)}
+    attributes["epsilon"] = tf.compat.v1.AttrValue(f=epsilon)
+    norm = tf.compat.v1.get_default_graph().create_op(
+        "_MklLayerNorm", [rows, gamma, beta], [dtype], name="layer_norm", attrs=attributes
+    )
+    return tf.reshape(tf.cast(norm.outputs[0], x.dtype), x.shape)

@@ -11,7 +11,15 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from stable_diffusion_tf.compile import affine, fused, moments, softmax, traced_once, uses_onednn
+from stable_diffusion_tf.compile import (
+    affine,
+    fused,
+    moments,
+    softmax,
+    standardize,
+    traced_once,
+    uses_onednn,
+)
 from stable_diffusion_tf.models import winograd
 
 EPSILON = 1e-5  # every norm but the autoencoder's and the spatial transformer's (Keras: 1e-3)
@@ -130,19 +138,7 @@ class LayerNormalization(layers.LayerNormalization):
     """Keras's (Ba et al. 2016, arXiv:1607.06450) over channels, in fewer operations and passes."""
 
     def call(self, x):
-        gamma, beta = (ops.cast(w, "float32") for w in (self.gamma, self.beta))
-        return normalize_channels(x, gamma, beta, self.epsilon)
-
-
-@traced_once
-def normalize_channels(x, gamma, beta, epsilon):
-    """x (..., C), gamma and beta (C,) in float32 -> like x."""
-    dtype = x.dtype
-    x = ops.cast(x, "float32")
-    x = x - ops.mean(x, axis=-1, keepdims=True)
-    variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
-    x = x * ops.rsqrt(variance + epsilon) * gamma + beta
-    return ops.cast(x, dtype)
+        return standardize(x, self.gamma, self.beta, self.epsilon)
 
 
 def quick_gelu(x):
@@ -223,11 +219,7 @@ def attend_in_blocks(q, k, v, most):
     v = ops.reshape(ops.transpose(v, (0, 2, 1, 3)), (batch * heads, -1, width))
 
     def block(i):
-        weights, values = softmax(ops.matmul(q[i], k[i // blocks])), v[i // blocks]
-        if values.dtype != "bfloat16":
-            return ops.matmul(weights, values)
-        # In bfloat16, oneDNN is slow with a first factor of rows 2^n apart, the weights'.
-        return ops.transpose(ops.matmul(ops.transpose(values), ops.transpose(weights)))
+        return ops.matmul(softmax(ops.matmul(q[i], k[i // blocks])), v[i // blocks])
 
     out = ops.map(block, ops.arange(batch * heads * blocks))
     out = ops.reshape(out, (batch, heads, blocks * rows, width))
