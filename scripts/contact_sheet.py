@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+from stable_diffusion_tf.files import check_folder
 from stable_diffusion_tf.images import contact_sheet, free_path, save_png
 
 with errors_in_one_line(), quiet_import():
@@ -31,6 +32,7 @@ CONCEPTS = (
 def main(weights: str, output: Path, steps: int, seed: int) -> None:
     prompts = [f"{concept}, {style} style" for concept in CONCEPTS for style in STYLES]
     with errors_in_one_line():
+        check_folder(output, "name another with --output")
         sd = StableDiffusion.from_pretrained(weights)
         images = sd.generate(prompts, num_steps=steps, seed=seed)
         sheet = contact_sheet(images, columns=len(STYLES), labels=prompts)

@@ -52,8 +52,8 @@ def check_folder(folder: Path, remedy: str) -> None:
     try:  # to root, the system calls all writable
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError:
-        raise PermissionError(f"{existing} cannot be written to; {remedy}.") from None
+    except OSError as error:
+        raise OSError(f"{existing} cannot be written to: {error.strerror}; {remedy}.") from None
 
 
 def settle(path: Path) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
+import click
 import keras
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from stable_diffusion_tf.checkpoints.readers import save_safetensors
 from stable_diffusion_tf.cli import main
 from stable_diffusion_tf.cli.draw import slug
 from stable_diffusion_tf.cli.repeat import Setting
-from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import
+from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import, with_options
 from stable_diffusion_tf.images import free_path, save_png
 from stable_diffusion_tf.networks import Networks
 from stable_diffusion_tf.samplers import SAMPLERS
@@ -312,8 +313,10 @@ def test_what_is_wrong_is_said_in_one_line_before_any_work(sdtf, tmp_path, argum
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_an_empty_folder_is_the_default(sdtf, tmp_path):
-    result = sdtf("a cat", "--steps", "1", "--output", "", "--batch", "")
+def test_what_is_given_empty_is_the_default(sdtf, tmp_path):
+    options = ("--output", "--batch", "--like", "--prompts-file")
+    empty = [text for option in options for text in (option, "")]
+    result = sdtf("a cat", "--steps", "1", *empty)
     assert result.exit_code == 0, result.output
     assert os.listdir(tmp_path) == ["outputs"]
 
@@ -457,6 +460,16 @@ def test_the_sheet_of_the_demo_starts_silently(tmp_path, tiny_model, monkeypatch
     assert os.listdir(tmp_path) == ["contact_sheet.png"]
 
 
+@pytest.mark.parametrize("script", ["contact_sheet", "editing_sheet", "negative_sheet"])
+def test_a_sheet_has_a_folder_before_it_is_drawn(tmp_path, script):
+    (tmp_path / "file").touch()
+    sheet = [sys.executable, f"scripts/{script}.py", "--output", tmp_path / "file"]
+    result = subprocess.run(sheet, cwd=ROOT, capture_output=True)
+    assert result.returncode == 2
+    assert result.stderr.endswith(b"file is a file; name another with --output.\n")
+    assert b"Loading the model" not in result.stderr
+
+
 def average_models(*through, **environment):
     """Runs a script that imports a backend, in a process of its own."""
     script = [sys.executable, "scripts/average_models.py", "--help"]
@@ -469,6 +482,23 @@ def test_a_script_s_failed_import_is_one_line():
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == b"Error: Unable to import backend : nothing"
     assert b"Traceback" not in result.stderr
+
+
+def test_a_backend_that_is_not_installed_is_told_whose_wish_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    with pytest.raises(SystemExit), errors_in_one_line():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    said = "No module named 'torch', which KERAS_BACKEND asks for; install it, or unset that\n"
+    assert capsys.readouterr().err == f"Error: {said}"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "hint"),
+    [(["a", "red", "apple"], True), (["a", "red apple"], False), (["a"], False)],
+)
+def test_who_forgets_the_quotes_is_told(sdtf, prompts, hint):
+    result = sdtf(*prompts, "--steps", "1")
+    assert ("prompts; one of several words goes in quotes." in result.stderr) == hint
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX descriptors")
@@ -566,7 +596,6 @@ def test_being_told_to_end_is_like_ctrl_c(tmp_path):
         "import os, signal\n"
         "from stable_diffusion_tf.cli.terminal import errors_in_one_line\n"
         "from stable_diffusion_tf.files import atomic_path\n"
-        "main(['samplers'], standalone_mode=False)\n"
         f"with errors_in_one_line(), atomic_path({str(tmp_path / 'file')!r}) as path:\n"
         "    path.touch()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)"
@@ -574,6 +603,29 @@ def test_being_told_to_end_is_like_ctrl_c(tmp_path):
     result = python(code)
     assert (result.returncode, result.stderr) == (130, b"Interrupted.\n")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("meaning", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
+def test_being_told_to_end_means_afterwards_what_it_did(meaning):
+    before = signal.signal(signal.SIGTERM, meaning)
+    try:
+        with errors_in_one_line():
+            within = signal.getsignal(signal.SIGTERM)
+            assert (within is meaning) == (meaning is not signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is meaning
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_error_names_only_options_that_the_command_has():
+    @click.command()
+    @click.option("--size", "img_width")
+    def sized(**_):
+        print(with_options("img_width and batch_size are odd"))
+
+    result = CliRunner().invoke(sized)
+    assert result.output == "--size and batch_size are odd\n"
 
 
 def test_who_has_read_enough_is_no_error():

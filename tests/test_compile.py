@@ -183,7 +183,7 @@ def test_structures_and_none_pass_through_an_engine():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "onnx"}, "unknown engine 'onnx'; known: openvino, or None"),
+        ({"engine": "onnx"}, "unknown engine 'onnx'; known: openvino; or none"),
         ({"engine": "openvino", "jit_compile": True}, "does without XLA; leave jit_compile out"),
     ],
 )
@@ -326,7 +326,7 @@ def test_onednn_standardizes_and_is_differentiated_as_any_backend(dtype, monkeyp
         assert value.dtype == other.dtype
         eps = float(ml_dtypes.finfo(norm.compute_dtype).eps)
         value, other = (np.asarray(ops.cast(v, "float32")) for v in (value, other))
-        np.testing.assert_allclose(value, other, rtol=0, atol=4 * eps * np.abs(other).max())
+        np.testing.assert_allclose(value, other, rtol=0, atol=16 * eps * np.abs(other).max())
 
 
 @with_onednn
@@ -390,6 +390,19 @@ def test_many_shapes_are_no_reason_to_warn(caplog):
     finally:
         tf.get_logger().removeHandler(caplog.handler)
     assert caplog.messages == []
+
+
+def test_a_gradient_s_upstream_may_be_of_unknown_rank():
+    squared = compile_module.differentiated_as(lambda x: x * x)(lambda x: ops.power(x, 2))
+
+    @tf.function(input_signature=[tf.TensorSpec((2,)), tf.TensorSpec(None)], autograph=False)
+    def slope(x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = squared(x)
+        return tape.gradient(y, x, upstream)
+
+    np.testing.assert_array_equal(slope(tf.constant([1.0, 2.0]), tf.constant([3.0, 5.0])), [6, 20])
 
 
 def test_calls_of_equal_shapes_share_one_trace(rooted):

@@ -1,9 +1,7 @@
 """The command line: arguments in, files out. What is slow to import waits for its use."""
 
 import json
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import click
@@ -25,8 +23,6 @@ def main() -> None:
     \b
     Try:  sdtf generate "a red apple, noto style"
     """
-    if threading.current_thread() is threading.main_thread():  # else a signal is not ours to heed
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave nothing half-written
     ensure_stderr()
     if getattr(sys.stdout, "errors", None) == "strict":  # a prompt may have what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")

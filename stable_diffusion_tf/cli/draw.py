@@ -56,13 +56,13 @@ def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Li
 
 @click.command(no_args_is_help=True, epilog="\n  ".join(["\b\nSamplers:", *SAMPLERS_TABLE]))
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
-@click.option(
+@option(
     "--prompts-file",
     metavar="FILE",
     type=click.File(encoding="utf-8-sig"),
     help="More prompts, one a line; - reads them from standard input.",
 )
-@click.option(
+@option(
     "--like",
     metavar="PNG",
     type=click.Path(),
@@ -289,6 +289,8 @@ def generate(
         for name in ("input_image", "input_mask"):
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
+    if not quiet and len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        click.echo(f"{len(prompts)} prompts; one of several words goes in quotes.", err=True)
     drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None), warnings_once():
         for prompt, seeds in zip(prompts, batches, strict=True):

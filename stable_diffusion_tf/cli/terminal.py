@@ -3,8 +3,10 @@
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -64,14 +66,29 @@ def warnings_once() -> Iterator[None]:
 
 
 @contextmanager
+def interrupted_when_told_to_end() -> Iterator[None]:
+    """Within, SIGTERM is Ctrl-C, unless it has a meaning: so that nothing is left half-written."""
+    main = threading.current_thread() is threading.main_thread()  # only there it can be set
+    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Reports what is wrong with the input, and Ctrl-C, without a traceback.
+    """Reports what is wrong with the input, Ctrl-C, and SIGTERM like it, without a traceback.
 
     Once `drawing()`, the arguments have been found right. Then only the model's files, the disk or
     an overflow can be at fault; any other error is one of the program, and shown in full.
     """
     try:
-        yield
+        with interrupted_when_told_to_end():
+            yield
     except BrokenPipeError:  # who reads what is printed has had enough; click ends it quietly
         raise
     except (
@@ -87,6 +104,8 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
             raise
         message = " ".join(str(error).split()) or "there is not enough memory."
         message = re.sub(r"^\[Errno \d+\] ", "", message)
+        if isinstance(error, ImportError) and error.name == os.environ.get("KERAS_BACKEND"):
+            message += ", which KERAS_BACKEND asks for; install it, or unset that"
         if not isinstance(error, CheckpointError | OSError):  # of files, by their names
             message = with_options(message)
         click.echo(f"Error: {printable(message)}", err=True)
@@ -104,6 +123,8 @@ def with_options(message: str) -> str:
     command = context.command
     # Those with an underscore, which are no English words; and not in quotes or a file's name.
     options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
-    options |= {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
+    names = {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
+    known = {name for one in command.params for name in one.opts}
+    options |= {name: option for name, option in names.items() if option in known}
     name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
     return re.sub(name, lambda match: options.get(match[0], match[0]), message)

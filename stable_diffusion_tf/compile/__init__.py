@@ -54,7 +54,7 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
     if engine is None:
         return _telling(partial(own.compiled, jit=jit))
     if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}, or None")
+        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}; or none")
     if own is not _TensorFlow:
         raise ValueError(
             f"engine {engine!r} runs what TensorFlow has traced; set KERAS_BACKEND to tensorflow, "
@@ -360,7 +360,7 @@ class _TensorFlow:
         def call(*args):
             # Engines want a flat graph; a trace for unknown sizes would serve known ones too, and
             # one for XLA what is not for it.
-            unknown = any(None in arg.shape for arg in args if tf.is_tensor(arg))
+            unknown = not all(arg.shape.is_fully_defined() for arg in args if tf.is_tensor(arg))
             flat = tf.executing_eagerly() or in_stateless_scope() or unknown or _TensorFlow.in_xla()
             if flat:
                 return function(*args)

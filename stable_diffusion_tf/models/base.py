@@ -18,7 +18,7 @@ def building(dtype):
     """
     before = keras.config.dtype_policy()
     scopes = global_state.get_global_attribute(SCOPES)
-    keras.config.set_dtype_policy(dtype or before)
+    keras.config.set_dtype_policy(before if dtype is None else dtype)
     global_state.set_global_attribute(SCOPES, [])
     try:
         yield
@@ -56,7 +56,7 @@ class Network(keras.Model):
     def get_config(self):
         return {
             "config": asdict(self.config),
-            "dtype": self.dtype_policy.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "trainable": [layer.trainable for layer in self.layers],
         }
@@ -67,7 +67,8 @@ class Network(keras.Model):
             key: tuple(value) if isinstance(value, list) else value
             for key, value in config["config"].items()
         }
-        model = cls(cls.Config(**fields), config["dtype"], config["name"])
+        dtype = keras.dtype_policies.get(config["dtype"])
+        model = cls(cls.Config(**fields), dtype, config["name"])
         for layer, trainable in zip(model.layers, config["trainable"], strict=True):
             layer.trainable = trainable
         return model

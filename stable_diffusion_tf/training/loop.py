@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,13 @@ class Saves:
         if self.schedule is not None:
             metadata["steps"] = str(self.schedule.steps)
         try:
-            save_safetensors(arrays, part, metadata)
-            settle(part)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OSError(
-                f"{self.state} could not be written: {error.strerror or error}. Make room, and run "
-                "it again: it goes on from the last save."
-            ) from error
+            with _written(self.state):
+                save_safetensors(arrays, part, metadata)
+                settle(part)
+        except OSError:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
         if self.state.exists():
             os.replace(self.state, self.previous)
         os.replace(part, self.state)
@@ -237,6 +237,18 @@ def _difference(then: str | None, now: str | None) -> str:
     return f"then {then}, now {now}"
 
 
+@contextmanager
+def _written(path: Path):
+    """Within, a full disk is an error that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}. Make room, and run it again: "
+            "it goes on from the last save, if there is one."
+        ) from error
+
+
 class LossLog:
     """`step,loss` lines; those after the step that a run goes on from are dropped."""
 
@@ -248,7 +260,7 @@ class LossLog:
                 written = [row for row in csv.reader(file) if len(row) == 2][1:]
             rows = [row for row in written if int(row[0]) <= start]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part, open(part, "w", newline="") as file:
+        with _written(path), atomic_path(path) as part, open(part, "w", newline="") as file:
             csv.writer(file).writerows([("step", "loss"), *rows])
 
     def write(self, step: int, loss: float):
@@ -259,5 +271,5 @@ class LossLog:
         """
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}. {REMEDY}")
-        with open(self.path, "a", newline="") as file:
+        with _written(self.path), open(self.path, "a", newline="") as file:
             csv.writer(file).writerow((step, f"{loss:.6f}"))

@@ -31,7 +31,11 @@ def outputs(part, model):
     return ops.convert_to_numpy(ops.cast(model(INPUTS[part]), "float32"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+MAP = keras.dtype_policies.DTypePolicyMap("float32")
+MAP["down_blocks.0.resnets.0.conv1"] = keras.dtype_policies.DTypePolicy("bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", MAP])
 @pytest.mark.parametrize("part", MODELS)
 def test_a_keras_file_is_read_again(tmp_path, part, dtype):
     model = build_part(TINY, part, dtype)

@@ -151,6 +151,15 @@ def test_a_full_disk_is_told_and_the_last_save_is_kept(tmp_path, monkeypatch):
     assert [step for step, _ in losses(tmp_path)] == [2, 4]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_told_by_the_loss_log_too(tmp_path):
+    log = LossLog(tmp_path / "loss.csv", 0)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"loss.csv could not be written: No space left.* Make room"):
+        log.write(1, 0.5)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
 def test_a_save_has_the_permissions_of_any_new_file(tmp_path):
     before = os.umask(0o027)
