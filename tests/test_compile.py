@@ -331,16 +331,18 @@ def test_onednn_standardizes_and_is_differentiated_as_any_backend(dtype, monkeyp
 
 @with_onednn
 @pytest.mark.parametrize(
-    "shape, jit, count",
+    "shape, jit, has, count",
     [
-        ((1, 64, 2048), False, 1),
-        ((64, 2048), False, 1),
-        ((1, 64, 2047), False, 0),
-        ((1, 64, 2048), True, 0),
-        ((None, 64, 2048), False, 0),
+        ((1, 64, 2048), False, True, 1),
+        ((64, 2048), False, True, 1),
+        ((1, 64, 2048), False, False, 0),
+        ((1, 64, 2047), False, True, 0),
+        ((1, 64, 2048), True, True, 0),
+        ((None, 64, 2048), False, True, 0),
     ],
 )
-def test_onednn_standardizes_what_is_large_and_of_known_size(shape, jit, count):
+def test_onednn_standardizes_what_is_large_and_of_known_size(shape, jit, has, count, monkeypatch):
+    monkeypatch.setattr(onednn, "has_layer_norm", lambda: has)
     norm = LayerNormalization()
     norm.build(shape)
     function = tf.function(lambda x: norm(x), jit_compile=jit, autograph=False)

@@ -261,7 +261,7 @@ class _TensorFlow:
 
         onednn = import_module(f"{__name__}.onednn")
         fast = not tf.executing_eagerly() and _TensorFlow.is_for_onednn(x)
-        fast = fast and math.prod(x.shape) >= onednn.STANDARDIZED
+        fast = fast and onednn.can_standardize(x)
         weights = (tf.convert_to_tensor(weight) for weight in (gamma, beta))
         return _TensorFlow.standardizers(epsilon)[fast](x, *weights)
 

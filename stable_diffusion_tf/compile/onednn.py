@@ -6,8 +6,10 @@ those of `stable_diffusion_tf.compile`.
 """
 
 import math
+from functools import cache
 
 import tensorflow as tf
+from tensorflow.python.framework import kernels  # no public name tells what there is
 
 # Types, and up to how many pictures this is faster for; each makes the graph larger.
 PICTURES = {"float32": 1, "bfloat16": 2}
@@ -54,6 +56,15 @@ def affine(x, scale, shift):
 def batch_norm(x, scale, shift, **settings):
     """x (1, N, 1, C) -> the operation's outputs, by name."""
     return tf.raw_ops.FusedBatchNormV3(x=x, scale=scale, offset=shift, epsilon=0, **settings)
+
+
+def can_standardize(x):
+    return math.prod(x.shape) >= STANDARDIZED and has_layer_norm()
+
+
+@cache
+def has_layer_norm():
+    return bool(kernels.get_registered_kernels_for_op("_MklLayerNorm").kernel)
 
 
 def standardize(x, gamma, beta, epsilon):
