@@ -484,17 +484,17 @@ def test_a_script_s_failed_import_is_one_line():
     assert b"Traceback" not in result.stderr
 
 
-def test_a_backend_that_is_not_installed_is_told_whose_wish_it_is(monkeypatch, capsys):
+def test_of_a_backend_that_is_not_installed_the_remedy_is_told(monkeypatch, capsys):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     with pytest.raises(SystemExit), errors_in_one_line():
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
-    said = "No module named 'torch', which KERAS_BACKEND asks for; install it, or unset that\n"
-    assert capsys.readouterr().err == f"Error: {said}"
+    remedy = "install it, or set KERAS_BACKEND to tensorflow or jax\n"
+    said = f"Error: No module named 'torch', Keras's backend; {remedy}"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
-    ("prompts", "hint"),
-    [(["a", "red", "apple"], True), (["a", "red apple"], False), (["a"], False)],
+    ("prompts", "hint"), [(["red", "apple"], 1), (["a", "red apple"], 0), (["猫", "犬"], 0)]
 )
 def test_who_forgets_the_quotes_is_told(sdtf, prompts, hint):
     result = sdtf(*prompts, "--steps", "1")
@@ -614,6 +614,9 @@ def test_being_told_to_end_means_afterwards_what_it_did(meaning):
             within = signal.getsignal(signal.SIGTERM)
             assert (within is meaning) == (meaning is not signal.SIG_DFL)
         assert signal.getsignal(signal.SIGTERM) is meaning
+        with errors_in_one_line():
+            signal.signal(signal.SIGTERM, print)
+        assert signal.getsignal(signal.SIGTERM) is print
     finally:
         signal.signal(signal.SIGTERM, before)
 

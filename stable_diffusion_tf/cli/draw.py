@@ -245,6 +245,8 @@ def generate(
     """
     model = {name: drawing.pop(name) for name in MODEL}
     with errors_in_one_line():
+        words = [prompt for prompt in prompts if prompt.isascii() and " " not in prompt]
+        unquoted = len(words) == len(prompts) > 1
         prompts += read_prompts(prompts_file)
         repeated = like is not None and not prompts and not changed(context)
         if like is not None:
@@ -289,7 +291,7 @@ def generate(
         for name in ("input_image", "input_mask"):
             if drawing[name] is not None:
                 facts[f"{name}_sha256"] = sha256(Path(drawing[name]))
-    if not quiet and len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+    if unquoted and not quiet:
         click.echo(f"{len(prompts)} prompts; one of several words goes in quotes.", err=True)
     drawn, labels = [], []
     with errors_in_one_line(drawing=lambda: sd.last_seed is not None), warnings_once():

@@ -75,7 +75,7 @@ def interrupted_when_told_to_end() -> Iterator[None]:
     try:
         yield
     finally:
-        if ours:
+        if ours and signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -105,7 +105,7 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         message = " ".join(str(error).split()) or "there is not enough memory."
         message = re.sub(r"^\[Errno \d+\] ", "", message)
         if isinstance(error, ImportError) and error.name == os.environ.get("KERAS_BACKEND"):
-            message += ", which KERAS_BACKEND asks for; install it, or unset that"
+            message += ", Keras's backend; install it, or set KERAS_BACKEND to tensorflow or jax"
         if not isinstance(error, CheckpointError | OSError):  # of files, by their names
             message = with_options(message)
         click.echo(f"Error: {printable(message)}", err=True)

@@ -16,6 +16,7 @@ import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 _tell: ContextVar[Callable[[], None]] = ContextVar("tell", default=lambda: None)
+_ours: ContextVar[bool] = ContextVar("ours", default=False)  # being traced for nobody else's graphs
 LARGE = 2**22  # numbers that TensorFlow has XLA compile for: a hundredth of a second's work
 
 
@@ -72,11 +73,17 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
 @contextmanager
 def when_compiling(tell: Callable[[], None]) -> Iterator[None]:
     """Within, `tell()` is called in this thread whenever something is about to be compiled."""
-    token = _tell.set(tell)
+    with _set(_tell, tell):
+        yield
+
+
+@contextmanager
+def _set(variable, value):
+    token = variable.set(value)
     try:
         yield
     finally:
-        _tell.reset(token)
+        variable.reset(token)
 
 
 def _telling(compiled):
@@ -252,32 +259,31 @@ class _TensorFlow:
 
     @staticmethod
     def is_for_onednn(x):
-        """Whether TensorFlow's oneDNN can compute with x; what has unknown sizes, engines may."""
-        return None not in x.shape and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn()
+        """Whether TensorFlow's oneDNN can take x; of unknown size, it may be for an engine."""
+        known = x.shape.is_fully_defined()
+        return known and not _TensorFlow.in_xla() and _TensorFlow.uses_onednn()
 
     @staticmethod
     def standardize(x, gamma, beta, epsilon):
         import tensorflow as tf
 
         onednn = import_module(f"{__name__}.onednn")
-        fast = not tf.executing_eagerly() and _TensorFlow.is_for_onednn(x)
-        fast = fast and onednn.can_standardize(x)
-        weights = (tf.convert_to_tensor(weight) for weight in (gamma, beta))
-        return _TensorFlow.standardizers(epsilon)[fast](x, *weights)
+        ours = _ours.get() and not tf.executing_eagerly() and _TensorFlow.is_for_onednn(x)
+        standardized = _TensorFlow.standardizer(ours and onednn.can_standardize(x), epsilon)
+        return standardized(x, *(tf.convert_to_tensor(weight) for weight in (gamma, beta)))
 
     @staticmethod
     @cache
-    def standardizers(epsilon):
-        """Without oneDNN, and with."""
-        onednn = import_module(f"{__name__}.onednn")
-
+    def standardizer(by_onednn, epsilon):
         def plain(x, gamma, beta):
             return _Plain.standardize(x, gamma, beta, epsilon)
 
-        def fast(x, gamma, beta):
-            return onednn.standardize(x, gamma, beta, epsilon)
-
-        return _TensorFlow.traced_once(plain), _TensorFlow.differentiated_as(plain, fast)
+        if not by_onednn:
+            return _TensorFlow.traced_once(plain)
+        onednn = import_module(f"{__name__}.onednn")
+        return _TensorFlow.differentiated_as(
+            plain, lambda x, gamma, beta: onednn.standardize(x, gamma, beta, epsilon)
+        )
 
     @staticmethod
     def in_xla():
@@ -317,9 +323,13 @@ class _TensorFlow:
     def compiled(function, variables=(), jit=False):
         import tensorflow as tf
 
-        return _TensorFlow.meant_to_retrace(
-            tf.function(function, jit_compile=jit or None, autograph=False)
-        )
+        @_TensorFlow.meant_to_retrace
+        @tf.function(jit_compile=jit or None, autograph=False)
+        def run(*args):
+            with _set(_ours, True):
+                return function(*args)
+
+        return run
 
     @staticmethod
     def meant_to_retrace(traced):
@@ -335,7 +345,7 @@ class _TensorFlow:
         large = _TensorFlow.differentiated_as(function, large, jit=True)
 
         def call(x, *args):
-            known = None not in x.shape and _TensorFlow.uses_onednn()
+            known = x.shape.is_fully_defined() and _TensorFlow.uses_onednn()
             return (large if known and math.prod(x.shape) >= LARGE else small)(x, *args)
 
         return call
@@ -394,7 +404,7 @@ class _TensorFlow:
         @_TensorFlow.meant_to_retrace
         @tf.function(jit_compile=jit or None, autograph=False)
         def step(*batch):
-            with tf.GradientTape() as tape:
+            with _set(_ours, True), tf.GradientTape() as tape:
                 value = loss(*batch)
                 scaled = optimizer.scale_loss(value)
             gradients = tape.gradient(scaled, [v.value for v in variables])

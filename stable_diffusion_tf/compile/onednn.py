@@ -13,7 +13,9 @@ from tensorflow.python.framework import kernels  # no public name tells what the
 
 # Types, and up to how many pictures this is faster for; each makes the graph larger.
 PICTURES = {"float32": 1, "bfloat16": 2}
-STANDARDIZED = 2**17  # numbers, from which on it is faster: it takes a tenth of a millisecond more
+WORTH = (
+    2**17
+)  # numbers to standardize; of fewer, the operation's own tenth of a millisecond is more
 SUMMED = 2**17  # values in a row, at most: float32's sums of more are off by 1e-5
 
 
@@ -59,7 +61,7 @@ def batch_norm(x, scale, shift, **settings):
 
 
 def can_standardize(x):
-    return math.prod(x.shape) >= STANDARDIZED and has_layer_norm()
+    return math.prod(x.shape) >= WORTH and has_layer_norm()
 
 
 @cache
@@ -68,9 +70,9 @@ def has_layer_norm():
 
 
 def standardize(x, gamma, beta, epsilon):
-    """By an operation that TensorFlow has in graphs only, for its own optimizer to put there.
+    """By an operation that TensorFlow's optimizer puts into graphs; XLA and TFLite have none such.
 
-    All that it takes is of one type, from which it computes in float32.
+    All that it takes is of one type; it computes in float32.
     """
     dtype = x.dtype if x.dtype == gamma.dtype == tf.bfloat16 else tf.float32
     rows = tf.reshape(tf.cast(x, dtype), (-1, x.shape[-1]))

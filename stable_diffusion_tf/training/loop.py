@@ -239,13 +239,13 @@ def _difference(then: str | None, now: str | None) -> str:
 
 @contextmanager
 def _written(path: Path):
-    """Within, a full disk is an error that names `path` and the remedy."""
+    """Within, an error of the disk's names `path` and the remedy."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"{path} could not be written: {error.strerror or error}. Make room, and run it again: "
-            "it goes on from the last save, if there is one."
+            f"{path} could not be written: {error.strerror or error}. Make room, or mend that, and "
+            "run it again: it goes on from the last save, if there is one."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Training learns, saves, and goes on from a save as if nothing had happened."""
 
 import csv
+import errno
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import keras
@@ -20,6 +22,7 @@ from small import run, weights
 
 from stable_diffusion_tf.checkpoints import readers
 from stable_diffusion_tf.compile import training_step
+from stable_diffusion_tf.training import loop
 from stable_diffusion_tf.training.ema import averaged, values
 from stable_diffusion_tf.training.loop import LossLog, Saves, train
 from stable_diffusion_tf.training.optimizer import Muon, WarmupStableDecay, adamw, decaying, muon
@@ -152,12 +155,22 @@ def test_a_full_disk_is_told_and_the_last_save_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_told_by_the_loss_log_too(tmp_path):
+def test_a_full_disk_is_told_by_the_loss_log_too(tmp_path, monkeypatch):
     log = LossLog(tmp_path / "loss.csv", 0)
     log.path.unlink()
     log.path.symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"loss.csv could not be written: No space left.* Make room"):
+    told = r"loss.csv could not be written: No space left.* Make room"
+    with pytest.raises(OSError, match=told):
         log.write(1, 0.5)
+
+    @contextmanager
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    monkeypatch.setattr(loop, "atomic_path", full)
+    with pytest.raises(OSError, match=told):
+        LossLog(tmp_path / "new" / "loss.csv", 0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
