@@ -269,21 +269,22 @@ class _TensorFlow:
 
         onednn = import_module(f"{__name__}.onednn")
         ours = _ours.get() and not tf.executing_eagerly() and _TensorFlow.is_for_onednn(x)
-        standardized = _TensorFlow.standardizer(ours and onednn.can_standardize(x), epsilon)
-        return standardized(x, *(tf.convert_to_tensor(weight) for weight in (gamma, beta)))
+        by = onednn if ours and onednn.can_standardize(x) else _Plain
+        weights = (tf.convert_to_tensor(weight) for weight in (gamma, beta))
+        return _TensorFlow.standardizer(by, epsilon)(x, *weights)
 
     @staticmethod
     @cache
-    def standardizer(by_onednn, epsilon):
+    def standardizer(by, epsilon):
         def plain(x, gamma, beta):
             return _Plain.standardize(x, gamma, beta, epsilon)
 
-        if not by_onednn:
+        def fast(x, gamma, beta):
+            return by.standardize(x, gamma, beta, epsilon)
+
+        if by is _Plain:
             return _TensorFlow.traced_once(plain)
-        onednn = import_module(f"{__name__}.onednn")
-        return _TensorFlow.differentiated_as(
-            plain, lambda x, gamma, beta: onednn.standardize(x, gamma, beta, epsilon)
-        )
+        return _TensorFlow.differentiated_as(plain, fast)
 
     @staticmethod
     def in_xla():
