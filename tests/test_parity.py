@@ -228,3 +228,17 @@ def test_a_torch_seed_draws_their_latents(folder, theirs, sampler, eta):
             output_type="latent",
         ).images
     assert synth.relative_error(ours, reference.numpy().transpose(0, 2, 3, 1)) <= 2e-5
+
+
+def test_their_clip_skip_counts_from_nought(folder, theirs, monkeypatch):
+    from transformers import CLIPTokenizer
+
+    theirs.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    encoder = theirs.text_encoder
+    if not hasattr(encoder, "text_model"):  # which transformers 5 took away from diffusers 0.42
+        monkeypatch.setitem(vars(encoder), "text_model", encoder)
+    sd = StableDiffusion.from_pretrained(folder)
+    for skipped in (None, 1, 2):
+        found = sd.encode_text(PROMPTS, clip_skip=1 + (skipped or 0))
+        reference, _ = theirs.encode_prompt(PROMPTS, "cpu", 1, False, clip_skip=skipped)
+        assert synth.relative_error(found, reference.detach().numpy()) <= 2e-5
