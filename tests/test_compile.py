@@ -25,6 +25,8 @@ from stable_diffusion_tf.compile import (
     memory_errors,
     onednn,
     openvino,
+    plain,
+    tensorflow,
     traced_once,
     uses_onednn,
 )
@@ -272,7 +274,7 @@ def test_onednn_finds_the_moments_and_gradients_of_any_backend(dtype, summed, mo
             value = ops.sum(ops.sin(ops.cast(y, "float32")))
         return [mean, variance, y, *tape.gradient(value, [x, scale, shift])]
 
-    expected = normalized(compile_module._Plain)
+    expected = normalized(plain)
     for found in (normalized(onednn), compiler()(lambda: normalized(onednn))()):
         for i, (value, other) in enumerate(zip(found, expected, strict=True)):
             assert value.dtype == other.dtype
@@ -439,13 +441,13 @@ def test_calls_of_equal_shapes_share_one_trace(rooted):
 
 @pytest.mark.parametrize(("onednn", "size"), [(True, 8), (True, 7), (False, 8)])
 def test_xla_fuses_what_is_large_on_a_cpu(monkeypatch, onednn, size):
-    monkeypatch.setattr(compile_module.backend(), "uses_onednn", lambda: onednn)
-    monkeypatch.setattr(compile_module, "LARGE", 8)
+    monkeypatch.setattr(tensorflow, "uses_onednn", lambda: onednn)
+    monkeypatch.setattr(tensorflow, "LARGE", 8)
     traced = []
 
     @fused
     def squared(x):
-        traced.append(compile_module.backend().in_xla())
+        traced.append(tensorflow._in_xla())
         return x * x
 
     @compiler()

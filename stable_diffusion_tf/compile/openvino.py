@@ -124,7 +124,7 @@ def _attention(q, k, v, scale):
     return opset13.transpose(opset13.scaled_dot_product_attention(q, k, v, scale=scale), swap)
 
 
-# x * scale + (beta - mean * scale), as `models.layers.normalize_groups` and `_Plain` write it.
+# x * scale + (beta - mean * scale), as `models.layers.normalize_groups` and `plain.py` write it.
 _MEAN = ("ReduceMean", ("ReduceMean",))  # of pixels, then of a group's channels
 _VARIANCE = ("ReduceMean", ("Add", ("ReduceMean", ("SquaredDifference",))))
 _SCALE = ("Multiply", ("Reshape", "gamma", "shape"), ("Power", ("Add", _VARIANCE, "epsilon")))
