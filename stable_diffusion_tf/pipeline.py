@@ -116,7 +116,11 @@ class StableDiffusion:
         dtype: str = "float32",
         jit_compile: bool = False,
         engine: str | None = None,
-        **options: Any,
+        config: ModelConfig | None = None,
+        prediction: Literal["epsilon", "v"] | None = None,
+        vae: str | os.PathLike | None = None,
+        ema: bool = False,
+        variant: str | None = None,
     ) -> "StableDiffusion":
         """Opens a model: its files are checked now, its weights are read at first use.
 
@@ -136,18 +140,25 @@ class StableDiffusion:
                 CPU, in bfloat16 where `dtype` has that, else in float32; for each shape that is
                 drawn it compiles and keeps a copy of the weights. Needs
                 `pip install openvino`.
-            options: `prediction`, `vae`, `ema`, `variant` and `config`, as of
-                `checkpoints.catalog.open_checkpoint`.
+            config: of files whose tensors' sizes are not those of a published model.
+            prediction: what the UNet predicts, where its files do not say or are wrong.
+            vae: another autoencoder: a file, or a folder with one.
+            ema: take the UNet's moving average where a single file has both.
+            variant: such as "fp16": which weights of a diffusers folder or repository to take.
 
         Raises:
-            FileNotFoundError, CheckpointError, DownloadError: as of `open_checkpoint`; tensors that
-                do not fit are found when the network they belong to is first used.
-            TypeError, ValueError: a size does not fit the model, `dtype` or `engine` is unknown, or
-                the Keras backend, or the engine on it, is not supported.
+            FileNotFoundError, CheckpointError, DownloadError: as of
+                `checkpoints.catalog.open_checkpoint`; tensors that do not fit are found when the
+                network they belong to is first used.
+            TypeError, ValueError: a size does not fit the model; `dtype`, `prediction` or `engine`
+                is unknown; `config`, `ema` or `variant` is for what has no such thing; or the Keras
+                backend, or the engine on it, is not supported.
             ImportError: the engine is not installed.
         """
         arguments.check_choice("dtype", dtype, DTYPES)
-        checkpoint = open_checkpoint(source, **options)
+        checkpoint = open_checkpoint(
+            source, config=config, prediction=prediction, vae=vae, ema=ema, variant=variant
+        )
         _warn_of_dtype(dtype, engine)
         sd = cls.__new__(cls)
         sd._setup(
