@@ -601,7 +601,7 @@ def test_being_told_to_end_is_like_ctrl_c(tmp_path):
         "    os.kill(os.getpid(), signal.SIGTERM)"
     )
     result = python(code)
-    assert (result.returncode, result.stderr) == (130, b"Interrupted.\n")
+    assert (result.returncode, result.stderr) == (143, b"Interrupted.\n")
     assert os.listdir(tmp_path) == []
 
 

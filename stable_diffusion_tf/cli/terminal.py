@@ -65,17 +65,25 @@ def warnings_once() -> Iterator[None]:
         logging.lastResort.removeFilter(is_new)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 @contextmanager
 def interrupted_when_told_to_end() -> Iterator[None]:
     """Within, SIGTERM is Ctrl-C, unless it has a meaning: so that nothing is left half-written."""
     main = threading.current_thread() is threading.main_thread()  # only there it can be set
     ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
-        if ours and signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+        if ours and signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -110,9 +118,10 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
             message = with_options(message)
         click.echo(f"Error: {printable(message)}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        # As shells tell whom a signal ended: 128 and its number.
+        sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
 def with_options(message: str) -> str:
