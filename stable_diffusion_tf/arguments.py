@@ -1,7 +1,7 @@
 """Checks of what a caller gives: each passes it on in one form, or names it in an error."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from stable_diffusion_tf.images import ImageSource, load_image, resize
 
+LARGEST = float(np.finfo(np.float32).max)
 MAX_PIXELS = 2**25  # to draw at once: a slip of a digit must not take all the memory there is
 
 
@@ -67,9 +68,11 @@ def number(
     try:
         found = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be at most 1.8e308, which it is far beyond") from None
+        raise ValueError(f"{name} must be at most {LARGEST:.1e}, which it is far beyond") from None
     if not math.isfinite(found):
         raise ValueError(f"{name} must be finite, not {value!r}")
+    if abs(found) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:.1e}, float32's largest, not {value!r}")
     if not holds(found):
         raise ValueError(f"{name} must be {range}, not {value!r}")
     return found
@@ -122,21 +125,25 @@ def resized(
     name: str, given: Sequence[Any], load: Callable[[Any], np.ndarray], height: int, width: int
 ) -> list[np.ndarray]:
     """Pictures or masks, of what `load` takes, all of one size."""
-    found = []
+    return [resize(picture, height, width) for picture in _loaded(name, given, load)]
+
+
+def _loaded(
+    name: str, given: Sequence[Any], load: Callable[[Any], np.ndarray]
+) -> Iterator[np.ndarray]:
     for i, source in enumerate(given):
         try:
-            found.append(resize(load(source), height, width))
+            yield load(source)
         except (TypeError, ValueError) as error:
             label = f"{name}[{i}]" if len(given) > 1 else name
             raise type(error)(f"{label}: {error}") from error
-    return found
 
 
 def same_size(name: str, given: ImageSource | Sequence[ImageSource], factor: int) -> np.ndarray:
     """One or several -> float32 (B, H, W, 3) in [0, 1], H and W multiples of `factor`."""
     if hasattr(given, "__array__") and hasattr(given, "dtype"):  # a backend's tensor
         given = np.asarray(given)
-    pictures = [load_image(picture) for picture in sources(name, given)]
+    pictures = list(_loaded(name, sources(name, given), load_image))
     sizes = {picture.shape[:2] for picture in pictures}
     if len(sizes) != 1:
         raise ValueError(f"{name} must be one or more, all of one size, not {sorted(sizes)}")

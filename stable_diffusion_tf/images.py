@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from io import BytesIO
@@ -127,7 +128,7 @@ def _decode(source: str | os.PathLike | Image.Image) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"it has {image.width}x{image.height} pixels")
             return _pixels(image)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
         raise
     except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture in one of {', '.join(FORMATS)}.") from None
@@ -143,7 +144,11 @@ def _decode(source: str | os.PathLike | Image.Image) -> np.ndarray:
 def _pixels(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which older Pillows open as 32-bit "I"
-        return np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+        if (clear := image.info.get("transparency")) is None:
+            return grey
+        alpha = np.where(grey == clear, 0, 65535).astype(np.uint16)
+        return np.stack([grey, grey, grey, alpha], axis=-1)
     if image.mode == "F":
         return np.asarray(image)
     return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
@@ -372,6 +377,5 @@ def _one_line(text: str, font: Any, width: int) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect_right(range(len(text)), width, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[: max(0, fitting - 1)] + "…"

@@ -56,7 +56,8 @@ class StableDiffusion:
     at once; the others run an image or a text at a time, so that they are compiled once and take
     no more memory for many; and what is larger than `tile`, in parts of that size.
 
-    Threads may share one: it builds everything once, and pictures are the same as without them.
+    Threads may share one: it builds everything once, and pictures are the same as without them. Its
+    sizes are those of all: where threads draw others, give each a pipeline, `from_models`.
 
     Attributes:
         config: the `ModelConfig`.
@@ -183,7 +184,8 @@ class StableDiffusion:
     ) -> "StableDiffusion":
         """Draws with networks that are in memory, such as those in training; they are not copied.
 
-        An engine draws with the values that their weights had when it first drew in that shape.
+        An engine draws with the values that their weights had when it first drew in that shape, and
+        previews are of the decoder as it was at the first.
 
         Args:
             models: the four networks and their config.
@@ -192,6 +194,11 @@ class StableDiffusion:
         Raises:
             TypeError, ValueError, ImportError: as of `from_pretrained`.
         """
+        if not isinstance(models, Models):
+            raise TypeError(
+                f"models must be the networks and their config, a Models, not {models!r}; a name "
+                "or a path is opened by StableDiffusion.from_pretrained"
+            )
         sd = cls.__new__(cls)
         sd._setup(
             models.config,
@@ -218,23 +225,25 @@ class StableDiffusion:
         img_width = config.image_size if img_width is None else img_width
         self.config = config
         self.img_height, self.img_width = img_height, img_width
-        self._check_size()
+        self._size()
         self.tokenizer = Tokenizer()
         self._networks = Networks(config, load, compile)
         self._of_this_thread = threading.local()
 
-    def _check_size(self, count: int = 1) -> None:
-        """Of `count` pictures; sizes are attributes, which may have been set."""
-        for name, size in (("img_height", self.img_height), ("img_width", self.img_width)):
+    def _size(self) -> tuple[int, int]:
+        """The pictures' height and width, checked: they are attributes, which may have been set."""
+        height, width = self.img_height, self.img_width
+        for name, size in (("img_height", height), ("img_width", width)):
             arguments.check_size(name, size, self.config.autoencoder.factor)
-        arguments.check_pixels(count, *self._size)
+        arguments.check_pixels(1, height, width)
+        return int(height), int(width)
 
-    def _warn_of_size(self) -> None:
+    def _warn_of_size(self, height: int, width: int) -> None:
         learnt = self.config.image_size
-        if not 1 / 4 < self.img_height * self.img_width / learnt**2 < 4:
+        if not 1 / 4 < height * width / learnt**2 < 4:
             log.warning(
                 "%s has learnt to draw at %dx%d; at %dx%d, pictures may make no sense",
-                *(self.config.name, learnt, learnt, self.img_width, self.img_height),
+                *(self.config.name, learnt, learnt, width, height),
             )
 
     def save_pretrained(self, target: str | os.PathLike, *, dtype: str = "float32") -> None:
@@ -383,7 +392,8 @@ class StableDiffusion:
             sample_posterior: encode `input_image` by a sample of the autoencoder's posterior, drawn
                 from the seed, instead of its mean.
             mask_feather: width, in pixels, over which the repainted part fades in, inwards from the
-                mask's edge; 0: a sharp seam. A mask narrower than twice that hardly shows.
+                mask's edge; 0: a sharp seam. A mask narrower than twice that hardly shows; one that
+                would not show at all is refused.
             output: "image": uint8 (B, H, W, 3); "float": the same in [0, 1] float32; "latents":
                 scaled float32 (B, h, w, 4).
             progress: show a progress bar.
@@ -408,8 +418,8 @@ class StableDiffusion:
         strength = arguments.number(
             "input_image_strength", input_image_strength, "over 0, up to 1", lambda x: 0 < x <= 1
         )
-        self._check_size()
-        side = max(self._size)
+        size = height, width = self._size()  # once: another thread may set another
+        side = max(size)
         mask_feather = arguments.number(
             "mask_feather", mask_feather, f"from 0 to {side} pixels", lambda x: 0 <= x <= side
         )
@@ -422,7 +432,7 @@ class StableDiffusion:
         tasks.check(self.config, images, masks, sample_posterior, mask_feather)
         previewed, callback = callback is not None, arguments.function("callback", callback)
         count = arguments.picture_count(max(len(positive), len(images), len(masks)), batch_size)
-        self._check_size(count)
+        arguments.check_pixels(count, height, width)
         if negative_prompt is None and negative_context is None:
             negative_prompt = ""
         negative = self._conditions(
@@ -442,26 +452,27 @@ class StableDiffusion:
                 "input masks": masks,
             },
         )
-        shape = self._latents_shape
+        autoencoder = self.config.autoencoder
+        shape = *(side // autoencoder.factor for side in size), autoencoder.latent_channels
         eps = None
         if diffusion_noise is not None:
             eps = arguments.array("diffusion_noise", diffusion_noise, (count, *shape))
         seeds = picture_seeds(seed, count)
         noise = Noise(seeds, shape, rng)
-        images = arguments.resized("input_image", images, load_image, *self._size)
-        masks = arguments.resized("input_mask", masks, load_mask, *self._size)
-        tasks.check_masks(masks, self.config.autoencoder.factor)
+        images = arguments.resized("input_image", images, load_image, *size)
+        masks = arguments.resized("input_mask", masks, load_mask, *size)
+        tasks.check_masks(masks, autoencoder.factor, mask_feather)
         conditions = positive * (count // len(positive))
         if guidance is not None:
             conditions += negative * (count // len(negative))
         conditions = filled_up(conditions, self._empty)
         if not images:
-            self._warn_of_size()
+            self._warn_of_size(height, width)
         self._of_this_thread.last_seed = seeds[0]
         levels, first = tasks.begin(levels, scale, images, masks, strength)
 
         remedy = (
-            f"too little memory for {count} of {self.img_width}x{self.img_height} at once; "
+            f"too little memory for {count} of {width}x{height} at once; "
             "draw fewer, or smaller ones, or take a dtype of fewer bits"
         )
         shown = {"desc": "Loading the model", "unit": "step", "disable": not progress}
@@ -597,16 +608,6 @@ class StableDiffusion:
         grid = method.grid_on(schedule)
         levels = steps(config, num_steps, **grid)
         return partial(method.sample, **options), levels, start_scale(config, levels[0], **grid)
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        return int(self.img_height), int(self.img_width)
-
-    @property
-    def _latents_shape(self) -> tuple[int, ...]:
-        autoencoder = self.config.autoencoder
-        sides = (side // autoencoder.factor for side in self._size)
-        return *sides, autoencoder.latent_channels
 
     def _conditions(
         self, prompt_name: str, prompt: Any, context_name: str, context: Any, emphasis: bool

@@ -43,14 +43,19 @@ def check(
         )
 
 
-def check_masks(masks: Sequence[np.ndarray], factor: int) -> None:
-    """Raises ValueError if one of the masks (H, W, 1) repaints no latent."""
+def check_masks(masks: Sequence[np.ndarray], factor: int, mask_feather: float) -> None:
+    """Raises ValueError if one of the masks (H, W, 1), feathered, repaints no latent or pixel."""
     for i, mask in enumerate(masks):
+        name = f"input_mask[{i}]" if len(masks) > 1 else "input_mask"
         if not _latents(_white(mask), factor).any():
             raise ValueError(
-                f"input_mask{f'[{i}]' if len(masks) > 1 else ''} repaints nothing: of the pixels "
-                f"that latents go by, the first of each {factor}x{factor} square at the model's "
-                "size, none is white; whiten a larger part"
+                f"{name} repaints nothing: of the pixels that latents go by, the first of each "
+                f"{factor}x{factor} square at the model's size, none is white; whiten a larger part"
+            )
+        if not feather(_white(mask).astype(np.float32), mask_feather).any():
+            raise ValueError(
+                f"mask_feather {mask_feather:g} leaves nothing of {name}, which is no wider at the "
+                "model's size; take less"
             )
 
 

@@ -480,7 +480,10 @@ def average_models(*through, **environment):
 def test_a_script_s_failed_import_is_one_line():
     result = average_models(KERAS_BACKEND="nothing")
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == b"Error: Unable to import backend : nothing"
+    assert result.stderr.splitlines()[-1] == (
+        b"Error: Unable to import backend : nothing, Keras's backend; "
+        b"install it, or set KERAS_BACKEND to tensorflow or jax"
+    )
     assert b"Traceback" not in result.stderr
 
 
@@ -625,10 +628,12 @@ def test_an_error_names_only_options_that_the_command_has():
     @click.command()
     @click.option("--size", "img_width")
     def sized(**_):
-        print(with_options("img_width and batch_size are odd"))
+        print(with_options("the model's img_width and batch_size are odd"))
+        print(with_options("prompt: 'a img_width cat' has an \"old img_width\""))
 
-    result = CliRunner().invoke(sized)
-    assert result.output == "--size and batch_size are odd\n"
+    odd, quoted = CliRunner().invoke(sized).output.splitlines()
+    assert odd == "the model's --size and batch_size are odd"
+    assert quoted == "prompt: 'a img_width cat' has an \"old img_width\""
 
 
 def test_who_has_read_enough_is_no_error():

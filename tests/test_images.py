@@ -8,7 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from stable_diffusion_tf import images
 
@@ -74,6 +74,10 @@ def test_16_bit_grey_keeps_its_precision(tmp_path):
         loaded = images.load_image(source)
         assert loaded.shape == (1, 4, 3)
         np.testing.assert_array_equal(loaded[..., 0], grey / np.float32(65535))
+
+    Image.fromarray(grey).save(tmp_path / "clear.png", transparency=32768)
+    expected = np.where(grey == 32768, np.float32(1), grey / np.float32(65535))
+    np.testing.assert_array_equal(images.load_image(tmp_path / "clear.png")[..., 0], expected)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "F"])
@@ -172,6 +176,8 @@ def test_other_formats_are_not_opened(tmp_path):
     (tmp_path / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(ValueError, match=r"program\.png is no picture in one of PNG, JPEG, WEBP"):
         images.load_image(tmp_path / "program.png")
+    with pytest.raises(NotADirectoryError):
+        images.load_image(tmp_path / "program.png" / "picture.png")
 
 
 def test_an_animation_gives_its_first_picture(picture, tmp_path):
@@ -388,6 +394,16 @@ def test_contact_sheet_labels_of_several_lines_have_one():
     black = np.zeros((1, 64, 64, 3), np.uint8)
     lines, line = (images.contact_sheet(black, labels=[text]) for text in ("a\n  b", "a b"))
     np.testing.assert_array_equal(lines, line)
+
+
+@pytest.mark.parametrize("text", ["W" * 50_000, "iW" * 50, "a b", ""])
+def test_a_label_is_shortened_no_more_than_it_must(text):
+    font = ImageFont.load_default()
+    line = images._one_line(text, font, 100)
+    kept = line.removesuffix("…")
+    assert text.startswith(kept) and font.getlength(line) <= 100
+    assert line == text or font.getlength(text[: len(kept) + 1] + "…") > 100
+    assert images._one_line(text, font, 0) == ("…" if text else "")
 
 
 def test_contact_sheet_labels_fit_under_their_pictures():

@@ -15,7 +15,13 @@ from keras import tree
 from PIL import Image, ImageDraw
 from tiny import FILES, TINY
 
-from stable_diffusion_tf import CheckpointError, DownloadError, StableDiffusion, networks
+from stable_diffusion_tf import (
+    CheckpointError,
+    DownloadError,
+    StableDiffusion,
+    arguments,
+    networks,
+)
 from stable_diffusion_tf.checkpoints.catalog import PRESETS, STABLE_DIFFUSION
 from stable_diffusion_tf.checkpoints.hub import HubFile
 from stable_diffusion_tf.checkpoints.load import load
@@ -476,7 +482,7 @@ def test_plain_text_has_the_encoders_very_states(small):
 
 
 def test_shorter_prompts_are_filled_up_and_that_is_said(small, monkeypatch, caplog):
-    monkeypatch.setattr(small, "_warn_of_size", lambda: None)
+    monkeypatch.setattr(small, "_warn_of_size", lambda *_: None)
     long = "cat " * 80
     (empty,) = small.encode_text("")
     assert caplog.messages == []
@@ -551,7 +557,7 @@ def test_without_guidance_there_is_no_unconditional_half(small):
 
 
 def test_a_seed_that_is_drawn_is_logged_and_draws_the_same_again(small, monkeypatch, caplog):
-    monkeypatch.setattr(small, "_warn_of_size", lambda: None)
+    monkeypatch.setattr(small, "_warn_of_size", lambda *_: None)
     with caplog.at_level(logging.INFO, "stable_diffusion_tf"):
         found = latents(small, PROMPT, num_steps=1, seed=-1)
     seed = small.last_seed
@@ -685,6 +691,13 @@ def test_overflow_in_the_text_encoder_is_called_that(tiny_model):
     beta.assign(np.full(beta.shape, np.nan))
     with pytest.raises(FloatingPointError, match=r"encoding the text: .* in bfloat16"):
         sd.generate(PROMPT, progress=False)
+
+
+def test_what_is_no_model_is_told_so():
+    with pytest.raises(TypeError, match=r"models must be .*from_pretrained"):
+        StableDiffusion.from_models("emoji")
+    with pytest.raises(TypeError, match=r"source must be a model's name, .*, not 512"):
+        StableDiffusion.from_pretrained(512)
 
 
 def test_networks_in_memory_draw_as_they_are_now(tiny_model):
@@ -863,7 +876,8 @@ WRONG = [
     ((PROMPT,), {"num_steps": 2.5}, ValueError, "num_steps must be a whole number"),
     ((PROMPT,), {"unconditional_guidance_scale": NAN}, ValueError, "scale must be finite, not nan"),
     ((PROMPT,), {"unconditional_guidance_scale": "7"}, TypeError, "scale must be a number"),
-    ((PROMPT,), {"unconditional_guidance_scale": 10**400}, ValueError, "must be at most 1.8e308"),
+    ((PROMPT,), {"unconditional_guidance_scale": 10**400}, ValueError, "must be at most 3.4e\\+38"),
+    ((PROMPT,), {"unconditional_guidance_scale": 1e39}, ValueError, "at most 3.4e\\+38, float32"),
     ((PROMPT,), {"temperature": NAN}, ValueError, "temperature must be finite"),
     ((PROMPT,), {"temperature": -1}, ValueError, "temperature must be a number, 0 or more"),
     ((PROMPT,), {"eta": NAN}, ValueError, "eta must be finite"),
@@ -1008,7 +1022,8 @@ def test_tensors_that_do_not_fit_are_all_found_before_the_work(tiny_folder, tiny
         ([], ValueError, "images is an empty list; give at least one picture$"),
         ([np.zeros((6, 8, 3)), np.zeros((8, 6, 3))], ValueError, "all of one size"),
         (np.zeros((1, 6, 7, 3)), ValueError, "images' width must be a multiple of 2"),
-        (np.full((1, 6, 8, 3), 2.0), ValueError, r"lies in \[0, 1\]"),
+        (np.full((1, 6, 8, 3), 2.0), ValueError, r"^images: .* lies in \[0, 1\]"),
+        ([np.zeros((6, 8, 3)), np.zeros((6, 8, 3), int)], ValueError, r"^images\[1\]: .* not int"),
     ],
 )
 def test_wrong_images_are_refused(small, images, error, message):
@@ -1023,6 +1038,20 @@ def test_a_size_that_is_set_is_checked_too(tiny_model):
         sd.generate(PROMPT)
     sd.img_height = 16
     assert latents(sd, PROMPT, num_steps=1).shape == (1, 8, 16, 4)
+
+
+def test_a_size_that_another_thread_sets_is_for_the_next_picture(tiny_model, monkeypatch):
+    sd = StableDiffusion.from_pretrained(tiny_model)
+    check = arguments.check_clip_skip
+
+    def meanwhile(*args):
+        sd.img_width = 16
+        return check(*args)
+
+    monkeypatch.setattr(arguments, "check_clip_skip", meanwhile)
+    settings = {"num_steps": 1, "input_image": WHITE, "input_mask": WHITE, "progress": False}
+    shapes = [sd.generate(PROMPT, **settings).shape for _ in range(2)]
+    assert shapes == [(1, 32, 32, 3), (1, 32, 16, 3)]
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,11 @@ class TestChecks:
     def test_a_mask_repaints_a_latent_at_least(self):
         between = np.zeros_like(MASK)
         between[1::2] = between[:, 1::2] = 1  # all but the pixels that latents go by
-        tasks.check_masks([], 2)
-        tasks.check_masks([MASK, MASK], 2)
+        tasks.check_masks([], 2, 0)
+        tasks.check_masks([MASK, MASK], 2, 2)
         with pytest.raises(ValueError, match=r"^input_mask repaints nothing: .* first of each 2x2"):
-            tasks.check_masks([between], 2)
+            tasks.check_masks([between], 2, 0)
         with pytest.raises(ValueError, match=r"^input_mask\[1\] repaints nothing"):
-            tasks.check_masks([MASK, 0 * MASK], 2)
+            tasks.check_masks([MASK, 0 * MASK], 2, 0)
+        with pytest.raises(ValueError, match=r"^mask_feather 8 leaves nothing of input_mask"):
+            tasks.check_masks([MASK], 2, 8.0)

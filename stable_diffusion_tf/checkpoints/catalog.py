@@ -190,6 +190,7 @@ def open_checkpoint(
         CheckpointError: there is no such source; or a file is damaged, unsupported or something
             else, which is named.
         DownloadError: a file cannot be fetched.
+        TypeError: the source is none of these.
         ValueError: `prediction` or a network's name is none of the above; a config is given for
             what has one of its own; or `ema` or `variant` for what has no such thing.
     """
@@ -250,6 +251,10 @@ def _open(
                 part: partial(_fetch_and_match, preset.config, part, file)
                 for part, file in preset.files.items()
             },
+        )
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"source must be a model's name, a path, or files by network, not {source!r}"
         )
     path = Path(source)
     if str(source) and path.exists():  # Path("") would be the working directory

@@ -112,7 +112,7 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
             raise
         message = " ".join(str(error).split()) or "there is not enough memory."
         message = re.sub(r"^\[Errno \d+\] ", "", message)
-        if isinstance(error, ImportError) and error.name == os.environ.get("KERAS_BACKEND"):
+        if backend_is_missing(error):
             message += ", Keras's backend; install it, or set KERAS_BACKEND to tensorflow or jax"
         if not isinstance(error, CheckpointError | OSError):  # of files, by their names
             message = with_options(message)
@@ -124,6 +124,13 @@ def errors_in_one_line(drawing: Callable[[], bool] = lambda: False) -> Iterator[
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
+def backend_is_missing(error: BaseException) -> bool:
+    """Whether Keras has not found what KERAS_BACKEND names, or there is no such backend."""
+    if isinstance(error, ImportError):
+        return error.name == os.environ.get("KERAS_BACKEND")
+    return str(error).startswith("Unable to import backend")
+
+
 def with_options(message: str) -> str:
     """What an error says, with the command's options in the place of the API's parameters."""
     context = click.get_current_context(silent=True)
@@ -131,9 +138,10 @@ def with_options(message: str) -> str:
         return message
     command = context.command
     # Those with an underscore, which are no English words; and not in quotes or a file's name.
+    quoted = r"""(?<!\w)(?:'[^']*'|"[^"]*")"""
     options = {one.name: one.opts[0] for one in command.params if "_" in one.name}
     names = {"img_height": "--size", "img_width": "--size", "batch_size": "--batch"}
     known = {name for one in command.params for name in one.opts}
     options |= {name: option for name, option in names.items() if option in known}
     name = r"""(?<![-\w'"./\\])\w+_\w+(?![-\w'"/\\]|\.\w)"""
-    return re.sub(name, lambda match: options.get(match[0], match[0]), message)
+    return re.sub(f"{quoted}|{name}", lambda match: options.get(match[0], match[0]), message)
