@@ -15,6 +15,7 @@ is drawn of the first captions are in the runs folder, under TARGET's name.
   sdtf generate "what a caption says" --weights my-emoji
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -132,7 +133,8 @@ def main(
         images, texts = read(pictures, checkpoint.config, batch_size)
         networks = load_parts(checkpoint, ("text_encoder", "unet"), dtype)
         autoencoder = load_parts(checkpoint, ("encoder", "decoder"), "float32")
-        models = Models(checkpoint.config, **networks, **autoencoder)
+        config = replace(checkpoint.config, name=target.resolve().name)
+        models = Models(config, **networks, **autoencoder)
         recipe = {
             "source": checksum(weights(*networks.values(), *autoencoder.values())),
             "config": checkpoint.config.nameless(),

@@ -13,22 +13,10 @@ KEYWORD = "stable_diffusion_tf"  # of the exact text; that for other programs is
 FACTS = "facts"  # beside the settings: what was so when it was drawn
 SHOWN = 10  # hexadecimal digits of a hash, as elsewhere
 
-# Our samplers by the names that A1111's web UI gives them; it has no others of ours.
-A1111_SAMPLERS = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
 
-
-def png_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+def png_text(
+    settings: Mapping[str, Any], facts: Mapping[str, Any], sampler: str = ""
+) -> dict[str, str]:
     """How a picture was made -> PNG text by keyword.
 
     Args:
@@ -37,13 +25,14 @@ def png_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
             "engine" and "size", as "WIDTHxHEIGHT". Values are text, numbers, booleans or None.
         facts: what shows whether it still can be: "version", "model", "unet_sha256" and the like of
             the other networks that it took, …
+        sampler: what A1111's web UI calls it; without, it has no such, and ours is told.
 
     Returns:
         `stable_diffusion_tf`, all of it exactly, as JSON; and `parameters` in the form of A1111's
         web UI, which most programs read.
     """
     return {
-        "parameters": _a1111_text(settings, facts),
+        "parameters": _a1111_text(settings, facts, sampler),
         KEYWORD: json.dumps({**settings, FACTS: dict(facts)}, ensure_ascii=False),
     }
 
@@ -73,7 +62,7 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
-def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any], sampler: str) -> str:
     """The prompts, then "Steps: 25, Sampler: DDIM, …", as A1111's `create_infotext` writes it.
 
     What it does not know has names of our own, and is there when it is not as usual.
@@ -82,7 +71,7 @@ def _a1111_text(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     guided = settings["unconditional_guidance_scale"] > 1
     fields = {
         "Steps": settings["num_steps"],
-        "Sampler": A1111_SAMPLERS.get(settings["sampler"], settings["sampler"]),
+        "Sampler": sampler or settings["sampler"],
         # Without it, A1111 takes the one that it thinks best for the sampler.
         "Schedule type": "Karras" if settings["schedule"] == "karras" else "Uniform",
         "CFG scale": settings["unconditional_guidance_scale"],

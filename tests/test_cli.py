@@ -291,6 +291,7 @@ def test_what_is_logged_is_shown_once_a_command(sdtf, monkeypatch):
         (["a", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["a", "--engine", "onnx"], "unknown engine 'onnx'; known: openvino"),
         (["a", "(cat:101)"], "prompt[1]: 'cat' has the weight 101"),
+        (["a", "--size", "64X65"], "--size must be a multiple of 2"),
         (["a", "--clip-skip", "4"], "--clip-skip must be a whole number from 1 to 3"),
         (["a", "--reuse", "0"], "reuse must be a whole number, 1 or more: "),
         (["a", "--prompts-file", "file"], "--prompts-file file is not UTF-8"),
@@ -622,6 +623,19 @@ def test_being_told_to_end_means_afterwards_what_it_did(meaning):
         assert signal.getsignal(signal.SIGTERM) is print
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_prompt_in_the_place_of_a_command_is_told_so():
+    result = CliRunner().invoke(main, ["a red apple"])
+    assert result.exit_code == 2
+    assert result.stderr.endswith(' A picture of it: sdtf generate "a red apple"\n')
+    assert "A picture" not in CliRunner().invoke(main, ["draw"]).stderr
+
+
+def test_another_program_s_sampler_is_told_by_ours(sdtf):
+    result = sdtf("a", "--sampler", "DPM++ 2M Karras")
+    assert result.exit_code == 2
+    assert "'DPM++ 2M Karras'; here it is dpmpp_2m, on Karras's noise levels" in result.stderr
 
 
 def test_an_error_names_only_options_that_the_command_has():

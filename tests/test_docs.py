@@ -7,7 +7,6 @@ import numpy as np
 
 from stable_diffusion_tf import StableDiffusion
 from stable_diffusion_tf.samplers import SAMPLERS
-from stable_diffusion_tf.settings import A1111_SAMPLERS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -34,5 +33,6 @@ def test_training_in_python(tmp_path, tiny_model, monkeypatch):
 def test_samplers_by_other_names():
     *_, table = (DOCS / "migrating.md").read_text().split("|---|---|---|\n")
     rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.splitlines()]
-    assert {ours: a1111 for ours, _, a1111 in rows if a1111} == A1111_SAMPLERS
-    assert [ours for ours, *_ in rows] == list(SAMPLERS)
+    assert [(ours, diffusers.replace("`", ""), a1111) for ours, diffusers, a1111 in rows] == [
+        (ours, row.diffusers, row.a1111) for ours, row in SAMPLERS.items()
+    ]

@@ -93,6 +93,9 @@ class TestRepeating:
         again = sdtf("--like", over, *back, "--quiet", weights=None)
         assert again.exit_code == 0, again.output
         assert same(again.stdout.strip(), plain)
+        only = sdtf("--like", over, "--image", "", "--strength", "", "--quiet", weights=None)
+        assert only.exit_code == 0, only.output  # the mask goes with it
+        assert same(only.stdout.strip(), plain)
 
     def test_another_model_may_be_given(self, sdtf, cat, tiny_folder, tiny_model):
         result = sdtf("--like", cat, "--quiet", weights=tiny_folder)

@@ -894,7 +894,7 @@ WRONG = [
         "guidance_rescale tempers guidance, and there is none: with it, .* over 1, not 1;",
     ),
     ((PROMPT,), {"guidance_rescale": 1.5}, ValueError, "guidance_rescale must be from 0 to 1"),
-    ((PROMPT,), {"sampler": "plms"}, ValueError, "unknown sampler 'plms'; known: ddim, ddpm"),
+    ((PROMPT,), {"sampler": "plms"}, ValueError, "unknown sampler 'plms'; here it is pndm"),
     ((PROMPT,), {"output": "pil"}, ValueError, "unknown output 'pil'; known: image, float"),
     ((PROMPT,), {"seed": -2}, ValueError, "seed must be a whole number from 0"),
     ((PROMPT,), {"seed": "1"}, ValueError, "seed must be a whole number from 0"),

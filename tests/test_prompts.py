@@ -145,6 +145,7 @@ def test_without_emphasis_all_is_text():
         (["a", "(" * 60 + "cat"], r"^negative\[1\]: 'cat' has the weight 304.482;"),
         (["(a:" + "9" * 400 + ")"], "the weight inf;"),
         (["caf\udce9"], "^negative: not valid text"),
+        (["a", "a <lora:foo:1> cat"], r"^negative\[1\]: '<lora:foo:1>' asks for a file of weights"),
     ],
 )
 def test_what_cannot_be_read_is_refused(prompts, message):

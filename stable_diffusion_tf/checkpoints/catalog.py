@@ -179,8 +179,9 @@ def open_checkpoint(
         prediction: what the UNet predicts; None: what `config` or the source's own says. Without
             either, files are taken as "epsilon" unless they or a `.yaml` beside them say otherwise:
             tensors cannot.
-        vae: a file, or a folder with one, whose encoder and decoder are taken instead; in the
-            diffusers layout with the `config.json` beside it, whose scale of latents it has.
+        vae: a file, or a folder with one, such as another model's, whose encoder and decoder are
+            taken instead; in the diffusers layout with the `config.json` beside it, whose scale of
+            latents it has.
         ema: take the UNet's moving average where a single file has both.
         variant: such as "fp16": which weights of a diffusers folder or repository to take, of the
             networks that have them.

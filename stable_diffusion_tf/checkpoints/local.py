@@ -79,9 +79,12 @@ def _open_folder(
     h5 = {path: open_tensors(path) for path in files if first_bytes(path).startswith(H5_MAGIC)}
     if not h5:
         others = [path.name for path in files if path.suffix in (".ckpt", ".safetensors", ".pt")]
+        remedy = f"Give a file: {', '.join(others[:10])}" if others else ""
+        if (folder.parent / "model_index.json").exists():
+            remedy = f"It is a part of {folder.parent}; give that."
         raise CheckpointError(
             f"{folder} is a folder without a model: no model_index.json (diffusers) and no h5 "
-            f"files (Keras). {'Give a file: ' + ', '.join(others[:10]) if others else ''}".rstrip()
+            f"files (Keras). {remedy}".rstrip()
         )
     paths: dict[str | None, Path] = {}
     for path, file in h5.items():
@@ -135,15 +138,17 @@ def _open_files(
 def open_vae(path: Path, config: ModelConfig) -> Checkpoint:
     """The encoder and the decoder of a file, or of a folder with one, for a model of this config.
 
-    In the diffusers layout a `config.json` beside them says what they are, with the scale of their
-    latents; else they are taken for what the model's own are.
+    The folder may be a whole model's. In the diffusers layout a `config.json` beside them says what
+    they are, with the scale of their latents; else they are taken for what the model's own are.
 
     Raises:
         FileNotFoundError, CheckpointError: there is none; or it is something else or damaged, or
             its latents are not the model's.
     """
     stem = Path(FILES["decoder"]).name
-    if path.is_dir():  # what is "vae/…" in a whole model
+    if (path / "vae").is_dir():
+        path /= "vae"
+    if path.is_dir():
         name = find_weights("decoder", lambda name: (path / Path(name).name).exists())
         if name is None:
             raise FileNotFoundError(f"{path} has no {stem}{ENDINGS[0]}.")

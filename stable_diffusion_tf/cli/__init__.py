@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +16,19 @@ from stable_diffusion_tf.screen import printable
 from stable_diffusion_tf.settings import KEYWORD
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Which hints at `generate` where a prompt stands in a command's place."""
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(context, args)
+        except click.UsageError as error:
+            if " " in args[0]:
+                error.message += f" A picture of it: sdtf generate {json.dumps(printable(args[0]))}"
+            raise
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stable-diffusion-tf")
 def main() -> None:
     """Stable Diffusion in Keras: pictures from text and pictures.

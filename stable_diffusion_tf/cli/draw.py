@@ -14,7 +14,15 @@ import click
 import numpy as np
 
 from stable_diffusion_tf.checkpoints.hub import sha256
-from stable_diffusion_tf.cli.options import PREDICTION, VAE, Karras, Size, option, setting
+from stable_diffusion_tf.cli.options import (
+    PREDICTION,
+    VAE,
+    Karras,
+    SamplerName,
+    Size,
+    option,
+    setting,
+)
 from stable_diffusion_tf.cli.repeat import (
     Like,
     changed,
@@ -23,9 +31,10 @@ from stable_diffusion_tf.cli.repeat import (
     check_inputs,
     check_models,
     check_network,
-    given,
     take_settings,
     taken,
+    unusual,
+    without_a_mask,
 )
 from stable_diffusion_tf.cli.terminal import errors_in_one_line, quiet_import, warnings_once
 from stable_diffusion_tf.files import check_folder
@@ -126,7 +135,7 @@ def like_png(context: click.Context, _: click.Parameter, path: str | None) -> Li
     default="ddim",
     show_default=True,
     metavar="NAME",
-    type=click.Choice(list(SAMPLERS)),
+    type=SamplerName(),
     help="How to step from noise to picture; see below.",
 )
 @setting(
@@ -250,13 +259,14 @@ def generate(
         prompts += read_prompts(prompts_file)
         repeated = like is not None and not prompts and not changed(context)
         if like is not None:
+            drawing |= without_a_mask(context)
             prompts = prompts or (like.prompt,)
             check_inputs(context, like)
         if not prompts:
             raise click.UsageError(
                 "give a PROMPT, a --prompts-file with one a line, or a picture to draw --like"
             )
-        if given(context, "input_image_strength") and drawing["input_image"] is None:
+        if unusual(context, "input_image_strength") and drawing["input_image"] is None:
             raise ValueError("--strength is how far to leave --image behind; give that too")
         for name in ("input_image", "input_mask"):
             path = drawing[name] and Path(drawing[name])
@@ -304,7 +314,8 @@ def generate(
                 if its_seed not in wanted:
                     continue
                 made = {"prompt": prompt, "seed": its_seed, **settings}
-                text = png_text(readable(made), readable(facts))
+                its_name = SAMPLERS[drawing["sampler"]].a1111
+                text = png_text(readable(made), readable(facts), its_name)
                 click.echo(save_png(picture, free_path(output, slug(prompt)), text))
                 if grid:
                     drawn.append(picture)

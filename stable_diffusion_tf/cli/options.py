@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from stable_diffusion_tf.samplers import SAMPLERS, get_sampler
+
 
 class Option(click.Option):
     """One of which an empty value is the default, whatever a PNG says."""
@@ -26,12 +28,26 @@ option = partial(click.option, cls=Option)
 setting = partial(click.option, cls=Setting)
 
 
+class SamplerName(click.Choice):
+    """One of ours; by the name that another program has for it, it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(list(SAMPLERS))
+
+    def convert(self, value: Any, param: Any, context: Any) -> str:
+        try:
+            get_sampler(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
+        return value
+
+
 class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
         """ "64" or "64x96" -> (width, height)."""
-        match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(value))
+        match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", str(value))
         if not match:
             self.fail(f"{value!r} is neither a side (512) nor WIDTHxHEIGHT (512x768)", param)
         return int(match[1]), int(match[2] or match[1])

@@ -60,6 +60,21 @@ def given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
+def unusual(context: click.Context, name: str) -> bool:
+    """Whether the command line has it, and other than by default."""
+    return given(context, name) and context.params[name] != _options(context)[name].usual
+
+
+def without_a_mask(context: click.Context) -> dict[str, Any]:
+    """Settings that go with the PNG's picture, as usual, if the command line takes that away."""
+    if not given(context, "input_image") or context.params["input_image"] is not None:
+        return {}
+    gone = [name for name in ("input_mask", "mask_feather") if taken(context, name)]
+    for name in gone:
+        context.set_parameter_source(name, ParameterSource.DEFAULT)
+    return {name: _options(context)[name].usual for name in gone}
+
+
 def changed(context: click.Context) -> bool:
     """Whether the command line has any setting or number of pictures of its own."""
     return any(

@@ -38,6 +38,8 @@ class Sampler:
     description: str
     grid: Mapping = field(default_factory=dict)  # keywords of `schedule.steps`: where it steps
     accepts: tuple[str, ...] = ()  # of "eta", "temperature" and "prediction"
+    diffusers: str = ""  # what it is called there, with the arguments that make it this one
+    a1111: str = ""  # and by A1111's web UI
 
     @property
     def takes_karras(self) -> bool:
@@ -97,67 +99,89 @@ SAMPLERS: dict[str, Sampler] = {
         "deterministic at eta 0, ancestral at eta 1; the published default",
         _STRIDED,
         ("eta", "temperature"),
+        diffusers="DDIMScheduler",
+        a1111="DDIM",
     ),
     "ddpm": Sampler(
         ddpm,
         "ancestral, the larger of the two fixed variances; wants many steps",
         _TO_CLEAN,
         ("temperature",),
+        diffusers='DDPMScheduler, variance_type="fixed_large"',
     ),
     "ddpm_small": Sampler(
         partial(ddpm, variance="small"),
         "ancestral, the smaller of the two fixed variances",
         _TO_CLEAN,
         ("temperature",),
+        diffusers="DDPMScheduler",
     ),
     "pndm": Sampler(
         pndm,
         "deterministic, the last four outputs combined (PLMS)",
         _STRIDED,
         ("prediction",),
+        diffusers="PNDMScheduler, skip_prk_steps=True",
+        a1111="PLMS",
     ),
     "lms": Sampler(
         lms,
         "deterministic, Euler's steps with the last four slopes combined",
         _EULER,
+        diffusers="LMSDiscreteScheduler",
+        a1111="LMS",
     ),
     "euler": Sampler(
         euler,
         "deterministic, first order, at evenly spaced fractional timesteps",
         _EULER,
+        diffusers="EulerDiscreteScheduler",
+        a1111="Euler",
     ),
     "euler_ancestral": Sampler(
         euler_ancestral,
         "Euler's steps with fresh noise after each; varied pictures",
         _EULER,
         ("temperature",),
+        diffusers="EulerAncestralDiscreteScheduler",
+        a1111="Euler a",
     ),
     "heun": Sampler(
         heun,
         "deterministic, second order; two evaluations a step",
         _EULER,
+        diffusers="HeunDiscreteScheduler",
+        a1111="Heun",
     ),
     "dpmpp_2m": Sampler(
         dpmpp_2m,
         "deterministic, second order; good pictures in 15 to 25 steps",
         _DPM,
+        diffusers="DPMSolverMultistepScheduler",
+        a1111="DPM++ 2M",
     ),
     "dpmpp_2m_sde": Sampler(
         dpmpp_2m_sde,
         "dpmpp_2m with fresh noise after each step; varied pictures",
         _DPM,
         ("temperature",),
+        diffusers='DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"',
+        a1111="DPM++ 2M SDE",
     ),
     "unipc": Sampler(
         unipc,
         "deterministic, second order, each step corrected; good in 10 to 20",
         _DPM,
+        diffusers="UniPCMultistepScheduler",
+        a1111="UniPC",
     ),
     "lcm": Sampler(
         lcm,
         "for models distilled to latent consistency: 1 to 8 steps, 50 at most",
         _DISTILLED,
         ("temperature",),
+        diffusers="LCMScheduler",
+        a1111="LCM",
     ),
 }
 
@@ -166,8 +190,19 @@ def get_sampler(name: str) -> Sampler:
     """Returns the sampler called `name`.
 
     Raises:
-        ValueError: there is none; lists the known ones.
+        ValueError: there is none; says which it is that other programs call so, or lists all.
     """
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
+    if isinstance(name, str) and name in SAMPLERS:
+        return SAMPLERS[name]
+    # A class that is two of them by its arguments is the one that takes none.
+    rows = sorted(SAMPLERS.items(), key=lambda item: "," not in item[1].diffusers)
+    others = {
+        other.partition(",")[0].lower(): ours
+        for ours, row in rows
+        for other in (row.diffusers, row.a1111, ours)
+    }
+    other, karras, _ = str(name).lower().partition(" karras")
+    if other and other in others:
+        levels = ", on Karras's noise levels" if karras else ""
+        raise ValueError(f"unknown sampler {name!r}; here it is {others[other]}{levels}")
+    raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")

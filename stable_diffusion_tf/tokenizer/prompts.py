@@ -33,6 +33,7 @@ _SYNTAX = re.compile(
     | (?: (?! \bBREAK\b ) [^\\()\[\]:] )+ | .""",
     re.VERBOSE | re.DOTALL,
 )
+_FILES = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _FACTORS = {"(": EMPHASIS, "[": 1 / EMPHASIS}
 _OPENING = {")": "(", "]": "["}
 
@@ -110,7 +111,8 @@ def chunks(
         name: what errors call the prompts: `name`, or `name[i]` of several.
 
     Raises:
-        ValueError: a prompt has a lone surrogate, or a weight beyond 100.
+        ValueError: a prompt has a lone surrogate, a weight beyond 100, or asks for a file of
+            weights as that web UI's do, <lora:…>.
     """
     room = max_length - 2
 
@@ -121,7 +123,10 @@ def chunks(
 
     found = []
     for culprit, prompt in named(prompts, name):
-        parts = parse(prompt) if emphasis else [[(prompt, 1.0)]]
+        parts = [[(prompt, 1.0)]]
+        if emphasis:
+            _check_files(culprit, prompt)
+            parts = parse(prompt)
         _check_weights(culprit, parts)
         *ended, last = (
             [(token, weight) for text, weight in part for token in tokenizer.encode(text)]
@@ -137,6 +142,14 @@ def chunks(
             ]
         )
     return found
+
+
+def _check_files(culprit: str, prompt: str) -> None:
+    if found := _FILES.search(prompt):
+        raise ValueError(
+            f"{culprit}: {found[0]!r} asks for a file of weights, which cannot be read here; leave "
+            "it out"
+        )
 
 
 def _check_weights(culprit: str, parts: Sequence[Part]) -> None:

@@ -213,7 +213,8 @@ class Saves:
         if differ:
             raise ValueError(
                 f"{saved} is of another model, optimizer or recipe; differences: {len(differ)}, "
-                f"first {', '.join(differ[:3])}. Train in a new folder, or as that run did"
+                f"first {', '.join(differ[:3])}. Train in another folder than {self.folder}, or "
+                "as that run did"
             )
         metadata = file.metadata()
         if self.schedule is None or "steps" not in metadata:  # earlier saves do not say

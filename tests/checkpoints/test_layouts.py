@@ -457,6 +457,19 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_part_of_a_model_names_the_whole(tiny_folder):
+    with pytest.raises(CheckpointError, match=rf"It is a part of {tiny_folder}; give that\.$"):
+        open_checkpoint(tiny_folder / "vae")
+
+
+def test_another_model_s_folder_gives_its_autoencoder(tiny_folder, tiny_model):
+    whole, its_own = (
+        open_checkpoint(tiny_model, vae=folder) for folder in (tiny_folder, tiny_folder / "vae")
+    )
+    assert whole.config == its_own.config
+    assert set(whole.parts) == {"text_encoder", "unet", "encoder", "decoder"}
+
+
 def test_one_error_lists_all_that_is_wrong_with_a_single_file(tmp_path, tiny_weights):
     tensors = layouts.compvis(tiny_weights)
     del tensors["model.diffusion_model.out.2.bias"]

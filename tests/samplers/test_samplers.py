@@ -1,4 +1,5 @@
 import inspect
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -241,10 +242,33 @@ def test_options_out_of_range(name, options, message):
         get_sampler(name).options(**options)
 
 
-@pytest.mark.parametrize("name", ["plms", "", None, ["ddim"]])
+@pytest.mark.parametrize("name", ["plm", "", None, ["ddim"]])
 def test_an_unknown_sampler_is_answered_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"unknown sampler .*; known: {', '.join(SAMPLERS)}$"):
         get_sampler(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("Euler a", "euler_ancestral"),
+        ("PLMS", "pndm"),
+        ("DDIM", "ddim"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("DDPMScheduler", "ddpm_small"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("DPM++ 2M SDE Karras", "dpmpp_2m_sde, on Karras's noise levels"),
+    ],
+)
+def test_another_program_s_name_is_answered_with_ours(name, ours):
+    with pytest.raises(
+        ValueError, match=f"^unknown sampler '{re.escape(name)}'; here it is {ours}$"
+    ):
+        get_sampler(name)
+
+
+def test_two_samplers_have_no_name_in_a1111():
+    assert {name for name, row in SAMPLERS.items() if not row.a1111} == {"ddpm", "ddpm_small"}
 
 
 def test_a_schedule_is_refused_where_it_does_not_apply():
