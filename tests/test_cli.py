@@ -390,7 +390,7 @@ def test_only_what_a_user_can_mend_is_said_in_one_line_while_drawing(
     ("arguments", "message"),
     [
         ([], "Usage: "),
-        (["a", "--sampler", "plms"], "'plms' is not one of 'ddim', 'ddpm'"),
+        (["a", "--sampler", "plm"], "unknown sampler 'plm'; known: ddim, ddpm"),
         (["a", "--size", "3.5"], "'3.5' is neither a side (512) nor WIDTHxHEIGHT (512x768)"),
         (["a", "--batch", "0"], "--batch"),
         (["a", "--seed", "-2"], "--seed"),
