@@ -125,7 +125,7 @@ class TestWhatCannotBeRepeated:
             ({"seed": 2**64}, "its seed: 18446744073709551616 is not in the range"),
             ({"eta": 1e999}, "is damaged"),
             ({"eta": 10**400}, "eta must be finite"),
-            ({"sampler": "plms"}, "its sampler: 'plms' is not one of 'ddim'"),
+            ({"sampler": "plms"}, "its sampler: unknown sampler 'plms'; here it is pndm"),
             ({"size": "1" * 5000}, "its size: "),
             ({"size": "33x32"}, "--size must be a multiple of 2"),
             ({"size": "60000x60000"}, "it asks for a picture of 60000x60000, over"),
