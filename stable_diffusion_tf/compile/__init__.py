@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import keras
 
@@ -72,11 +73,18 @@ def compiler(engine: str | None = None, jit: bool = False) -> Callable:
 @contextmanager
 def when_compiling(tell: Callable[[], None]) -> Iterator[None]:
     """Within, `tell()` is called in this thread whenever something is about to be compiled."""
-    token = _tell.set(tell)
+    with having(_tell, tell):
+        yield
+
+
+@contextmanager
+def having(variable: ContextVar, value: Any) -> Iterator[None]:
+    """Within, the variable has that value in this thread."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _tell.reset(token)
+        variable.reset(token)
 
 
 def _telling(compiled):

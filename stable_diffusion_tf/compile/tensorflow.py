@@ -4,7 +4,6 @@ The names are those of `stable_diffusion_tf.compile`.
 """
 
 import math
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial, wraps
 
@@ -15,7 +14,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from tensorflow.python.ops import control_flow_util  # no public name tells
 from tensorflow.python.util import _pywrap_util_port as built  # no public name tells
 
-from stable_diffusion_tf.compile import onednn, plain
+from stable_diffusion_tf.compile import having, onednn, plain
 
 _ours: ContextVar[bool] = ContextVar("ours", default=False)  # being traced for nobody else's graphs
 LARGE = 2**22  # numbers that TensorFlow has XLA compile for: a hundredth of a second's work
@@ -98,20 +97,10 @@ def compiled(function, variables=(), jit=False):
     @_meant_to_retrace
     @tf.function(jit_compile=jit or None, autograph=False)
     def run(*args):
-        with _for_us():
+        with having(_ours, True):
             return function(*args)
 
     return run
-
-
-@contextmanager
-def _for_us():
-    """Within, what is traced is for a graph of ours."""
-    token = _ours.set(True)
-    try:
-        yield
-    finally:
-        _ours.reset(token)
 
 
 def _meant_to_retrace(traced):
@@ -176,7 +165,7 @@ def training_step(loss, variables, optimizer, jit, frozen):
     @_meant_to_retrace
     @tf.function(jit_compile=jit or None, autograph=False)
     def step(*batch):
-        with _for_us(), tf.GradientTape() as tape:
+        with having(_ours, True), tf.GradientTape() as tape:
             value = loss(*batch)
             scaled = optimizer.scale_loss(value)
         gradients = tape.gradient(scaled, [v.value for v in variables])
